@@ -1,0 +1,90 @@
+"""The contract between data preparation and training: what an MDS token shard holds. Standard library only.
+
+A token dataset is a folder of MosaicML Streaming (MDS) shards, one folder a split. The documents of the split, each
+followed by the end-of-text token, are laid end to end and cut into rows of `row_tokens` tokens. A row is stored with
+the one token that follows it, so a sample holds `row_tokens + 1` ids and every token of the split is predicted exactly
+once: sample i ends with the id that sample i + 1 starts with. Training slices a row into sequences of any length that
+divides `row_tokens`. The last row of a split is padded with the end-of-text token.
+
+    DIR/manifest.json            what the tokens are (see Manifest)
+    DIR/train/index.json         MDS index; shards beside it
+    DIR/val/index.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+TOKENS_COLUMN = "tokens"
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "val")
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest of uint16 and uint32 that holds every id below `vocab_size`."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def mds_columns(vocab_size: int) -> dict[str, str]:
+    """Column name to MDS encoding: one 1-D array of ids."""
+    return {TOKENS_COLUMN: f"ndarray:{token_dtype(vocab_size)}"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a token dataset is. `extra` carries what only people and the preparation tools read."""
+
+    tokenizer_sha256: str
+    """Hash of the tokenizer file's bytes; a run whose config names another is refused."""
+    tokenizer_name: str
+    """File name or encoding name of the tokenizer."""
+    vocab_size: int
+    """Ids the tokenizer can produce, 0 .. vocab_size - 1."""
+    eos_id: int
+    """The id that ends every document."""
+    row_tokens: int
+    """Tokens in a row, without the one token of look-ahead stored with it."""
+    n_tokens: dict[str, int]
+    """Tokens of each split, eos included, padding not."""
+    n_documents: dict[str, int]
+    """Documents of each split."""
+    extra: dict[str, Any]
+    """Source files, checksums, counts of skipped documents, git commit, versions."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this layout; a reader refuses one it does not know."""
+
+    def write_text(self) -> str:
+        """The manifest as JSON with sorted keys: equal manifests are equal bytes."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of the token dataset at `folder`.
+
+    Raises FileNotFoundError where there is none, ValueError where it is not one that this version can read.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing: not a token dataset, or one whose preparation did not finish. "
+            "Run data_prep/tokenize_fineweb.py again; it goes on from the last whole shard"
+        ) from None
+    try:
+        raw = json.loads(text)
+        version = raw["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest ({error!r}): prepare the data again") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}: prepare the data again"
+        )
+    expected = {field.name for field in fields(Manifest)}
+    if set(raw) != expected:
+        raise ValueError(f"{path}: keys {sorted(set(raw) ^ expected)} are missing or unknown: prepare the data again")
+    return Manifest(**raw)

@@ -1,0 +1,84 @@
+"""Sizes of a nested model, checked where they are written. Loads without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modeling import nesting
+
+VOCAB_MULTIPLE = 128
+"""Embedding rows are padded to a multiple of this, whatever tp is, so that checkpoints do not depend on tp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A stack of MatMamba2 blocks. One B/C group, as in the reference: B and C feed every head at every width."""
+
+    n_layers: int
+    """Number of blocks."""
+    d_model: int
+    """Channels of the residual stream; every width keeps all of them."""
+    headdim: int = 0
+    """Channels of a head; 0 means d_model / 32, the reference's choice (64 heads at expand 2)."""
+    widths: tuple[int, ...] = ()
+    """Trained widths as head counts, widest first; empty means the full width alone, a plain Mamba2."""
+    d_state: int = 128
+    """State channels per head channel."""
+    expand: int = 2
+    """Inner channels of the full width over d_model."""
+    d_conv: int = 4
+    """Taps of the causal convolution."""
+    chunk_size: int = 256
+    """Time steps in a chunk of the scan; changes speed and rounding only."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "d_state", "expand", "d_conv", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        if self.headdim == 0:
+            if self.d_model % 32:
+                raise ValueError(f"model.headdim=0 means d_model/32, but d_model={self.d_model}: set model.headdim")
+            object.__setattr__(self, "headdim", self.d_model // 32)
+        if self.headdim < 1 or self.d_inner % self.headdim:
+            raise ValueError(
+                f"model.headdim={self.headdim}: must divide expand * d_model = {self.expand} * {self.d_model} = {self.d_inner}"
+            )
+        if not self.widths:
+            object.__setattr__(self, "widths", (self.n_heads,))
+        nesting.check_widths(self.widths, self.n_heads)
+        if self.norm_eps <= 0:
+            raise ValueError(f"model.norm_eps={self.norm_eps}: must be positive")
+
+    @property
+    def d_inner(self) -> int:
+        """Inner channels of the full width: n_heads * headdim."""
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of the full width."""
+        return self.d_inner // self.headdim
+
+    def layer_widths(self, n_heads: int) -> nesting.LayerWidths:
+        """The uniform width of `n_heads` heads in every layer."""
+        return nesting.uniform(n_heads, self.n_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(BackboneConfig):
+    """A nested language model: embedding, blocks, final norm, head tied to the embedding."""
+
+    vocab_size: int
+    """Token ids the tokenizer can produce, 0 .. vocab_size - 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 2:
+            raise ValueError(f"model.vocab_size={self.vocab_size}: must be at least 2")
+
+    @property
+    def n_vocab_rows(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to a multiple of VOCAB_MULTIPLE."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -1,0 +1,375 @@
+"""What a run is: one frozen dataclass a section, checked where each field lives. Loads without torch.
+
+A YAML file holds a complete run; `section.field=value` on the command line overrides it. Derived numbers are
+properties, never stored, so that no two places can disagree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from modeling import nesting
+from modeling.config import LanguageConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message states the rule, the value, and the way out."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens, in which order, how many a step."""
+
+    path: str
+    """Token dataset made by data_prep/tokenize_fineweb.py: a folder or a remote URI that holds train/ and val/."""
+    cache_dir: str = ""
+    """Local folder for shards of a remote `path`; empty where `path` is local."""
+    tokenizer: str = ""
+    """Tokenizer file; where given, its hash must be the one in the dataset's manifest."""
+    seq_len: int = 1024
+    """Tokens in a training sequence; must divide the dataset's row_tokens."""
+    tokens_per_step: int = 524_288
+    """Tokens the optimizer sees in a step, over all ranks; counted once however many widths see them."""
+    micro_batch: int = 1
+    """Sequences in one forward pass on one data-parallel rank."""
+    reset_at_documents: bool = False
+    """Start each document from an empty state and convolution, so that nothing leaks from the one before."""
+    n_workers: int = 2
+    """Loader processes a rank; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "data.path is empty: name a folder made by data_prep/tokenize_fineweb.py")
+        for name in ("seq_len", "tokens_per_step", "micro_batch"):
+            _require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: must be at least 1")
+        _require(self.n_workers >= 0, f"data.n_workers={self.n_workers}: must not be negative")
+        _require(
+            self.tokens_per_step % self.seq_len == 0,
+            f"data.tokens_per_step={self.tokens_per_step} is not a multiple of data.seq_len={self.seq_len}",
+        )
+        remote = "://" in self.path
+        _require(not remote or bool(self.cache_dir), f"data.path={self.path} is remote: set data.cache_dir")
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of an optimizer step over all ranks."""
+        return self.tokens_per_step // self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class NestingConfig:
+    """Which widths train on what, and how their losses are added."""
+
+    rule: Literal["all", "sandwich"] = "all"
+    """all: every width at every step. sandwich: the widest, the narrowest, and one drawn between them."""
+    draw: Literal["shared", "separate"] = "shared"
+    """shared: all widths see the same tokens. separate: each draws its own, as the public reference does."""
+    loss_weights: tuple[float, ...] = ()
+    """Weight of each of model.widths in the loss; empty means 1 / (number of widths) each."""
+    distill_weight: float = 0.0
+    """0: next-token loss alone. Else narrower widths add this times KL(full width || width) at `distill_temperature`."""
+    distill_temperature: float = 1.0
+    """Both distributions are softened by this before the KL, which is scaled by its square."""
+
+    def __post_init__(self) -> None:
+        _require(all(w > 0 for w in self.loss_weights), f"nesting.loss_weights={self.loss_weights}: must be positive")
+        _require(self.distill_weight >= 0, f"nesting.distill_weight={self.distill_weight}: must not be negative")
+        _require(
+            self.distill_temperature > 0, f"nesting.distill_temperature={self.distill_temperature}: must be positive"
+        )
+        _require(
+            self.distill_weight == 0 or self.draw == "shared",
+            "nesting.distill_weight needs nesting.draw=shared: a teacher must see the tokens that its students see",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate curve."""
+
+    lr: float
+    """Peak learning rate."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    warmup_steps: int = 700
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine: to min_lr_ratio over the run. wsd: constant, then linear over the last decay_steps."""
+    decay_steps: int = 0
+    """wsd only: steps of the final decay; 0 means a fifth of the run."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end over the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of tensors of two or more dimensions."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr={self.lr}: must be positive")
+        _require(self.steps >= 1, f"optim.steps={self.steps}: must be at least 1")
+        _require(
+            0 <= self.warmup_steps < self.steps or self.warmup_steps == 0,
+            f"optim.warmup_steps={self.warmup_steps}: must be below optim.steps={self.steps}",
+        )
+        _require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.min_lr_ratio}: must lie in 0..1")
+        _require(all(0 <= b < 1 for b in self.betas), f"optim.betas={self.betas}: each must lie in [0, 1)")
+        _require(self.eps > 0, f"optim.eps={self.eps}: must be positive")
+        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: must not be negative")
+        _require(self.clip_norm >= 0, f"optim.clip_norm={self.clip_norm}: must not be negative")
+        _require(
+            0 <= self.decay_steps <= self.steps - self.warmup_steps,
+            f"optim.decay_steps={self.decay_steps}: must fit in the steps after warm-up",
+        )
+        _require(
+            self.decay_steps == 0 or self.schedule == "wsd",
+            f"optim.decay_steps={self.decay_steps}: set optim.schedule=wsd",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the run is laid over ranks; data parallelism takes what tensor parallelism leaves."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks; must divide every trained width's head count."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage. 1 shards optimizer state; 2 and 3 also shard gradients and parameters."""
+
+    def __post_init__(self) -> None:
+        _require(self.tensor >= 1, f"parallel.tensor={self.tensor}: must be at least 1")
+        _require(
+            self.zero_stage in (1, 2, 3),
+            f"parallel.zero_stage={self.zero_stage}: must be 1, 2 or 3 (stage 0 keeps no sharded state to checkpoint)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved when, and what a start resumes from. Checkpoints live in run_dir/checkpoints."""
+
+    every_steps: int = 1000
+    """Steps between saves; the last step is always saved. 0 saves only there and on a signal."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    resume: str = "auto"
+    """auto: the newest whole checkpoint of run_dir, if any. never: start anew. Else: a checkpoint folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must not be negative")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is reported when."""
+
+    every_steps: int = 10
+    """Steps between log lines and records in metrics.jsonl."""
+    eval_every_steps: int = 500
+    """Steps between validations of every width; 0 validates only after the last step."""
+    eval_sequences: int = 256
+    """Validation sequences over all ranks, the same ones every time."""
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Where Weights & Biases records go; metrics.jsonl is always written."""
+    wandb_project: str = "matmamba"
+    """Project of the Weights & Biases run."""
+    peak_tflops: float = 0.0
+    """Dense bf16 peak of one device for MFU; 0 takes it from the table of known GPUs."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"logging.every_steps={self.every_steps}: must be at least 1")
+        _require(self.eval_every_steps >= 0, f"logging.eval_every_steps={self.eval_every_steps}: must not be negative")
+        _require(self.eval_sequences >= 1, f"logging.eval_sequences={self.eval_sequences}: must be at least 1")
+        _require(self.peak_tflops >= 0, f"logging.peak_tflops={self.peak_tflops}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A complete run."""
+
+    run_dir: str
+    """Folder of everything the run writes: config, metrics, checkpoints."""
+    model: LanguageConfig
+    data: DataConfig
+    optim: OptimConfig
+    nesting: NestingConfig = field(default_factory=NestingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32."""
+    seed: int = 1337
+    """Seeds initial weights, data order and the sandwich draw."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms: two runs are bitwise equal, at some cost on a GPU."""
+
+    def __post_init__(self) -> None:
+        n_widths = len(self.model.widths)
+        weights = self.nesting.loss_weights
+        _require(
+            not weights or len(weights) == n_widths,
+            f"nesting.loss_weights has {len(weights)} values for {n_widths} widths: give one for each of model.widths",
+        )
+        if self.nesting.rule == "sandwich":
+            _require(n_widths >= 3, f"nesting.rule=sandwich needs 3 or more widths, model.widths={self.model.widths}")
+        if self.nesting.distill_weight:
+            _require(n_widths >= 2, "nesting.distill_weight needs a narrower width to teach; model.widths has one")
+        allowed = nesting.allowed_tp(self.model.widths)
+        _require(
+            self.parallel.tensor in allowed,
+            f"parallel.tensor={self.parallel.tensor} does not divide every width of {list(self.model.widths)} heads: "
+            f"use one of {allowed} or drop a width",
+        )
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Weight of each of model.widths in the loss."""
+        n = len(self.model.widths)
+        return self.nesting.loss_weights or (1.0 / n,) * n
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel replicas of `world_size` ranks. Raises ConfigError where the layout does not fit."""
+        tp = self.parallel.tensor
+        _require(world_size % tp == 0, f"{world_size} ranks are not a multiple of parallel.tensor={tp}")
+        return world_size // tp
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Micro-batches of a step on one rank. Raises ConfigError where they do not come out whole."""
+        dp = self.data_parallel(world_size)
+        sequences, micro = self.data.sequences_per_step, self.data.micro_batch
+        _require(
+            sequences % (dp * micro) == 0,
+            f"data.tokens_per_step={self.data.tokens_per_step} is {sequences} sequences of {self.data.seq_len}: "
+            f"not a multiple of data-parallel size {dp} x data.micro_batch={micro}",
+        )
+        return sequences // (dp * micro)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the YAML file at `path` describes, with `a.b=value` overrides applied (values are YAML too).
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest), an ill-typed or an invalid value.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from None
+    _require(isinstance(raw, dict), f"config {path}: must be a mapping of sections")
+    for override in overrides:
+        _apply_override(raw, override)
+    return config_from_dict(raw)
+
+
+def config_from_dict(raw: dict[str, Any]) -> RunConfig:
+    """The run that plain nested data describes, as YAML or a checkpoint's manifest holds it."""
+    config = _build(RunConfig, raw, "")
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    plain = _plain(asdict(config))
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    _require(bool(equals) and bool(key), f"override {override!r}: write section.field=value")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    *sections, name = key.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+        _require(isinstance(node, dict), f"override {override!r}: {section} is a value, not a section")
+    node[name] = value
+
+
+def _build(cls: type, raw: Any, where: str) -> Any:
+    _require(isinstance(raw, dict), f"{where or 'config'}: must be a mapping, got {raw!r}")
+    known = {f.name: f for f in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {_join(where, near[0])}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown key {_join(where, str(key))}: {hint}")
+    values = {key: _convert(hints[key], value, _join(where, key)) for key, value in raw.items()}
+    missing = [name for name, f in known.items() if name not in values and not _has_default(f)]
+    _require(not missing, f"{', '.join(_join(where, name) for name in missing)}: required, and not given")
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _has_default(f: Any) -> bool:
+    return f.default is not f.default_factory  # both are MISSING where there is no default
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type that `hint` names; ConfigError where it is of another type."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        _require(value in args, f"{where}={value!r}: must be one of {', '.join(map(str, args))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            if option is type(None) and value is None:
+                return None
+        return _convert(next(option for option in args if option is not type(None)), value, where)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where}={value!r}: must be a list")
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        _require(len(value) == len(args), f"{where}={value!r}: must have {len(args)} values")
+        return tuple(
+            _convert(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True))
+        )
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 6e-4 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"{where}={value!r}: must be a number") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    _require(right, f"{where}={value!r}: must be {hint.__name__}, got {type(value).__name__}")
+    return value
