@@ -112,6 +112,11 @@ def rank_heads(n_heads: int, tp: int, rank: int) -> range:
     return range(rank, n_heads, tp)
 
 
+def rank_channels(n_heads: int, per_head: int, tp: int, rank: int) -> list[int]:
+    """The model's channel numbers that `rank` owns, in its local order, where each head has `per_head` of them."""
+    return [head * per_head + i for head in rank_heads(n_heads, tp, rank) for i in range(per_head)]
+
+
 def vocab_rows(vocab_rows_total: int, tp: int, rank: int) -> range:
     """The embedding rows that `rank` owns: contiguous, since no width slices the vocabulary."""
     if vocab_rows_total % tp:

@@ -1,0 +1,114 @@
+"""The nested language model: embedding, MatMamba2 blocks, final norm, head tied to the embedding.
+
+Letters: b batch, t time, d model, v vocabulary (this rank's rows).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling import nesting
+from modeling.config import LanguageConfig
+from modeling.mixer import Mixer, MixerState, initial_values
+from modeling.ops.norm import rms_norm
+from modeling.tensor_parallel import Layout, TensorParallel, layout_of, local_part
+
+EMBEDDING_STD = 0.02
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)); the residual stream stays float32."""
+
+    def __init__(self, cfg: LanguageConfig, tp: TensorParallel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.dtype = cfg.norm_eps, dtype
+        self.norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
+        self.mixer = Mixer(cfg, tp, dtype)
+
+    def forward(
+        self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None = None, state: MixerState | None = None
+    ) -> Tensor:
+        """The float32 residual stream after this block, with the mixer's first `n_heads` heads."""
+        normed_btd = rms_norm(x_btd, self.norm, eps=self.eps, dtype=self.dtype)
+        return x_btd + self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state)
+
+
+class LanguageModel(nn.Module):
+    """A nested LM. Which submodel runs is an argument: one head count for each layer.
+
+    Parameters are float32 and are cast to `dtype` where they are used. Build it on the meta device, move it with
+    `to_empty`, then call `init_weights` or load weights.
+    """
+
+    def __init__(
+        self, cfg: LanguageConfig, *, tp: TensorParallel | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.cfg, self.tp, self.dtype = cfg, tp or TensorParallel(), dtype
+        self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
+        self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(cfg, self.tp, dtype) for _ in range(cfg.n_layers))  # type: ignore[assignment]
+        self.final_norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
+
+    def forward(
+        self,
+        tokens_bt: Tensor,
+        widths: nesting.LayerWidths,
+        *,
+        seq_idx_bt: Tensor | None = None,
+        states: list[MixerState] | None = None,
+    ) -> Tensor:
+        """Final hidden states, shape b t d in the compute dtype, of the submodel `widths`; `logits` turns them into scores.
+
+        `tokens_bt` is int64 below cfg.vocab_size; `seq_idx_bt` (int32) keeps documents apart; `states`, one a layer, are
+        read and overwritten. All ranks of `tp` must call. Raises ValueError where `widths` does not fit the model.
+        """
+        nesting.check_layer_widths(widths, self.cfg.n_heads, self.cfg.n_layers, self.tp.size)
+        x_btd = self._embed(tokens_bt)
+        for layer, block in enumerate(self.blocks):
+            x_btd = block(x_btd, widths[layer], seq_idx_bt, None if states is None else states[layer])
+        return rms_norm(x_btd, self.final_norm, eps=self.cfg.norm_eps, dtype=self.dtype)
+
+    def logits(self, hidden_btd: Tensor) -> Tensor:
+        """Scores of this rank's vocabulary rows, float32, shape b t v; padding rows beyond cfg.vocab_size included."""
+        return F.linear(self.tp.enter(hidden_btd), self.embedding.to(self.dtype)).float()
+
+    def empty_states(self, batch: int, widths: nesting.LayerWidths) -> list[MixerState]:
+        """One state a layer, before the first token of `batch` sequences."""
+        return [block.mixer.empty_state(batch, n) for block, n in zip(self.blocks, widths, strict=True)]
+
+    def _embed(self, tokens_bt: Tensor) -> Tensor:
+        local_bt = tokens_bt - self.vocab.start
+        mine_bt = (local_bt >= 0) & (local_bt < len(self.vocab))
+        rows_btd = F.embedding(torch.where(mine_bt, local_bt, 0), self.embedding)
+        return self.tp.leave(rows_btd * mine_bt[..., None])
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter in place. The values depend on `seed` and the parameter's name, not on tp or on order."""
+        shapes = logical_shapes(self.cfg)
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            full = _initial_value(name, shapes[name], self.cfg, generator)
+            part = local_part(full, layout_of(name), self.cfg.n_heads, self.tp.size, self.tp.rank)
+            parameter.copy_(part)
+
+
+def logical_shapes(cfg: LanguageConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the whole model, whatever tp is."""
+    with torch.device("meta"):
+        whole = LanguageModel(cfg)
+    return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+
+
+def _initial_value(name: str, shape: tuple[int, ...], cfg: LanguageConfig, generator: torch.Generator) -> Tensor:
+    if name == "embedding":
+        return torch.empty(shape).normal_(std=EMBEDDING_STD, generator=generator)
+    if layout_of(name) is Layout.REPLICATED:
+        return torch.ones(shape)
+    return initial_values(name.rpartition(".")[2], shape, cfg, generator)

@@ -1,0 +1,134 @@
+"""Next-token loss and distillation over a vocabulary that tensor parallelism may split, a piece of the tokens at a time.
+
+Float32 logits of a whole micro-batch would be the largest tensor of the step (13 GB for 64 x 1024 tokens of a 50k
+vocabulary), so logits exist for `TOKENS_PER_PIECE` tokens only: each piece's gradient is taken at once, in the forward
+pass, and backward only scales it.
+
+Letters: m tokens (batch and time flattened), d model, v vocabulary (this rank's rows).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.language import LanguageModel
+from modeling.tensor_parallel import TensorParallel
+
+TOKENS_PER_PIECE = 8192
+
+
+class Loss(NamedTuple):
+    """Means over the tokens of a micro-batch, float32 scalars, equal on all ranks of tp."""
+
+    total: Tensor
+    """What to minimise: next_token + distill_weight * distillation."""
+    next_token: Tensor
+    """Cross-entropy of the next token in nats; carries no gradient of its own."""
+
+
+def next_token_loss(
+    model: LanguageModel,
+    hidden_btd: Tensor,
+    targets_bt: Tensor,
+    *,
+    teacher_btd: Tensor | None = None,
+    distill_weight: float = 0.0,
+    temperature: float = 1.0,
+) -> Loss:
+    """Loss of `targets_bt` (int64 ids) given final hidden states; with a teacher's, its soft targets are added.
+
+    `teacher_btd` holds the full width's final hidden states; no gradient flows into them, nor through the head into the
+    teacher's logits. All ranks of tp must call.
+    """
+    tp, dtype = model.tp, model.dtype
+    hidden_md = tp.enter(hidden_btd).flatten(0, 1)
+    teacher_md = None if teacher_btd is None else teacher_btd.detach().flatten(0, 1)
+    total, next_token = _PiecewiseLoss.apply(
+        hidden_md,
+        model.embedding.to(dtype),
+        targets_bt.flatten() - model.vocab.start,
+        teacher_md,
+        distill_weight,
+        temperature,
+        tp,
+    )
+    return Loss(total, next_token)
+
+
+def cross_entropy_sum(logits_mv: Tensor, local_targets_m: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum over tokens of -log softmax(logits)[target], float32, where each rank holds a part of the vocabulary.
+
+    `local_targets_m` counts from this rank's first row; a target outside its rows belongs to another rank.
+    """
+    mine_m = (local_targets_m >= 0) & (local_targets_m < logits_mv.shape[1])
+    picked_m = logits_mv.gather(1, torch.where(mine_m, local_targets_m, 0)[:, None])[:, 0] * mine_m
+    return (_log_sum_exp(logits_mv, tp)[:, 0] - tp.leave(picked_m)).sum()
+
+
+def distillation_sum(student_mv: Tensor, teacher_mv: Tensor, temperature: float, tp: TensorParallel) -> Tensor:
+    """Sum over tokens of temperature^2 * KL(teacher || student), both softened by `temperature` (Hinton et al. 2015)."""
+    student_mv, teacher_mv = student_mv / temperature, teacher_mv / temperature
+    log_student_mv = student_mv - _log_sum_exp(student_mv, tp)
+    log_teacher_mv = teacher_mv - _log_sum_exp(teacher_mv, tp)
+    kl_m = (log_teacher_mv.exp() * (log_teacher_mv - log_student_mv)).sum(-1)
+    return temperature**2 * tp.leave(kl_m).sum()
+
+
+def _log_sum_exp(logits_mv: Tensor, tp: TensorParallel) -> Tensor:
+    peak_m1 = tp.maximum(logits_mv.amax(-1, keepdim=True))
+    # Every rank takes the same loss from the sum, so its gradient is complete on each: `leave`, not `total`.
+    return peak_m1 + torch.log(tp.leave(torch.exp(logits_mv - peak_m1).sum(-1, keepdim=True)))
+
+
+class _PiecewiseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_md: Tensor,
+        head_vd: Tensor,
+        local_targets_m: Tensor,
+        teacher_md: Tensor | None,
+        distill_weight: float,
+        temperature: float,
+        tp: TensorParallel,
+    ) -> tuple[Tensor, Tensor]:
+        n_tokens = hidden_md.shape[0]
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total, next_token = torch.zeros((2, 1), device=hidden_md.device).unbind()
+        grad_hidden_md = torch.empty_like(hidden_md) if needs_grad else None
+        grad_head_vd = torch.zeros(head_vd.shape, dtype=torch.float32, device=head_vd.device) if needs_grad else None
+        for start in range(0, n_tokens, TOKENS_PER_PIECE):
+            piece = slice(start, start + TOKENS_PER_PIECE)
+            with torch.set_grad_enabled(needs_grad):
+                hidden, head = hidden_md[piece].detach(), head_vd.detach()
+                if needs_grad:
+                    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+                logits_mv = F.linear(hidden, head).float()
+                ce = cross_entropy_sum(logits_mv, local_targets_m[piece], tp) / n_tokens
+                loss = ce
+                if teacher_md is not None:
+                    with torch.no_grad():
+                        teacher_mv = F.linear(teacher_md[piece], head_vd).float()
+                    loss = ce + distill_weight * distillation_sum(logits_mv, teacher_mv, temperature, tp) / n_tokens
+                if needs_grad:
+                    assert grad_hidden_md is not None
+                    assert grad_head_vd is not None
+                    grad_hidden_md[piece], grad_head = torch.autograd.grad(loss, (hidden, head))
+                    grad_head_vd += grad_head
+            total += loss.detach()
+            next_token += ce.detach()
+        ctx.save_for_backward(grad_hidden_md, grad_head_vd)
+        ctx.head_dtype = head_vd.dtype
+        next_token = next_token.squeeze(0)
+        ctx.mark_non_differentiable(next_token)
+        return total.squeeze(0), next_token
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_md, grad_head_vd = ctx.saved_tensors
+        grad_head = (grad_head_vd * grad_total).to(ctx.head_dtype)
+        return (grad_hidden_md * grad_total).to(grad_hidden_md.dtype), grad_head, None, None, None, None, None

@@ -1,0 +1,1 @@
+"""One operation a file: a public function, its float32 reference in plain PyTorch (`_ref`), and its fast path."""

@@ -1,0 +1,147 @@
+"""The whole tensor-parallel story: what is sharded, what is replicated, where the collectives are.
+
+| Parameter                                                   | Layout over tp                  | Gradient               |
+|---|---|---|
+| in_z, in_x, in_dt rows; conv_x; A_log, D, dt_bias; norm     | by head, strided (HEAD_ROWS)    | local                  |
+| out columns                                                 | by head, strided (HEAD_COLUMNS) | local                  |
+| in_bc, conv_bc: B and C, one group that feeds every head    | replicated (SHARED)             | partial: summed over tp, once, on the weight |
+| embedding, which is also the head                           | by vocabulary (VOCAB_ROWS)      | local                  |
+| norms of the residual stream                                | replicated (REPLICATED)         | identical on each rank |
+
+`tp = 1` runs the same code; a collective over one rank is the identity, inside the collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from modeling import nesting
+
+
+class Layout(Enum):
+    """How a parameter lies over tensor-parallel ranks."""
+
+    HEAD_ROWS = "head_rows"
+    HEAD_COLUMNS = "head_columns"
+    VOCAB_ROWS = "vocab_rows"
+    SHARED = "shared"
+    REPLICATED = "replicated"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of its own."""
+        return self in (Layout.HEAD_ROWS, Layout.HEAD_COLUMNS, Layout.VOCAB_ROWS)
+
+
+LAYOUTS = {
+    "in_z": Layout.HEAD_ROWS,
+    "in_x": Layout.HEAD_ROWS,
+    "in_dt": Layout.HEAD_ROWS,
+    "in_bc": Layout.SHARED,
+    "conv_x": Layout.HEAD_ROWS,
+    "conv_x_bias": Layout.HEAD_ROWS,
+    "conv_bc": Layout.SHARED,
+    "conv_bc_bias": Layout.SHARED,
+    "A_log": Layout.HEAD_ROWS,
+    "D": Layout.HEAD_ROWS,
+    "dt_bias": Layout.HEAD_ROWS,
+    "gated_norm": Layout.HEAD_ROWS,
+    "out": Layout.HEAD_COLUMNS,
+    "embedding": Layout.VOCAB_ROWS,
+    "norm": Layout.REPLICATED,
+    "final_norm": Layout.REPLICATED,
+}
+"""Layout of every parameter, by the last part of its name."""
+
+
+def layout_of(name: str) -> Layout:
+    """The layout of the parameter with this full name ("blocks.3.mixer.in_z")."""
+    return LAYOUTS[name.rpartition(".")[2]]
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This rank's place among the ranks that hold one replica. Methods that communicate must be called by all of them."""
+
+    size: int = 1
+    """Ranks that share a replica."""
+    rank: int = 0
+    """This rank's number among them."""
+    group: Any = None
+    """Their process group; None only where size is 1."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Into the sharded region: identity forward, gradient summed over tp backward."""
+        return x if self.size == 1 else copy_to_tensor_model_parallel_region(x, self.group)
+
+    def share(self, weight: Tensor) -> Tensor:
+        """A replicated weight that each rank uses for its own heads: its partial gradients are summed over tp here, once."""
+        return self.enter(weight)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Out of the sharded region: summed over tp forward, identity backward."""
+        # Megatron's mapping returns a non-contiguous tensor unreduced, and writes into a contiguous one.
+        return x if self.size == 1 else reduce_from_tensor_model_parallel_region(x.contiguous().clone(), self.group)
+
+    def total(self, x: Tensor) -> Tensor:
+        """A statistic over all ranks, used by each for its own part: summed over tp forward and backward."""
+        return x if self.size == 1 else _SumBothWays.apply(x, self.group)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Element-wise maximum over tp; carries no gradient."""
+        x = x.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+
+class _SumBothWays(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def local_shape(shape: tuple[int, ...], layout: Layout, tp: int) -> tuple[int, ...]:
+    """Shape of one rank's part of a parameter of logical `shape`. Raises ValueError where tp does not divide it."""
+    if not layout.is_sharded:
+        return shape
+    dim = 1 if layout is Layout.HEAD_COLUMNS else 0
+    if shape[dim] % tp:
+        raise ValueError(f"a parameter of shape {shape} laid out by {layout.value}: tp={tp} does not divide dim {dim}")
+    return (*shape[:dim], shape[dim] // tp, *shape[dim + 1 :])
+
+
+def local_part(full: Tensor, layout: Layout, n_heads: int, tp: int, rank: int) -> Tensor:
+    """The entries of a logical parameter that `rank` holds, in its local order; `n_heads` is the full width."""
+    return full[local_index(tuple(full.shape), layout, n_heads, tp, rank)]
+
+
+def local_index(shape: tuple[int, ...], layout: Layout, n_heads: int, tp: int, rank: int) -> tuple[Any, ...]:
+    """What to index a logical parameter with to read or write the entries that `rank` holds."""
+    if not layout.is_sharded:
+        return (Ellipsis,)
+    if layout is Layout.VOCAB_ROWS:
+        rows = nesting.vocab_rows(shape[0], tp, rank)
+        return (slice(rows.start, rows.stop),)
+    dim = 1 if layout is Layout.HEAD_COLUMNS else 0
+    channels = nesting.rank_channels(n_heads, shape[dim] // n_heads, tp, rank)
+    return (*([slice(None)] * dim), torch.tensor(channels))
