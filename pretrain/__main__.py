@@ -1,0 +1,55 @@
+"""`python -m pretrain CONFIG [section.field=value ...]`: train; with --dry-run, say what would run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+
+from pretrain.config import ConfigError
+from pretrain.config_io import load_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, do what it asks, return the exit code: 0 done, 75 please start again, 1 broken, 2 misused."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain", description="Pretrain a nested MatMamba2 model.")
+    parser.add_argument("config", nargs="?", help="YAML file of the run, e.g. configs/lm_130m.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optim.lr=3e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, bytes and steps; train nothing")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run assumes")
+    parser.add_argument("--doctor", action="store_true", help="print versions and devices, and what is missing")
+    args = parser.parse_args(argv)
+    if args.doctor:
+        from pretrain.doctor import main as doctor
+
+        return doctor()
+    if args.config is None:
+        parser.error("name a config file, e.g. configs/lm_130m.yaml")
+    try:
+        cfg = load_config(args.config, args.overrides)
+        if args.dry_run:
+            from pretrain.dry_run import print_plan
+
+            print_plan(cfg, args.world_size)
+            return 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # What is heavy to import comes after what can fail quickly: a mistyped key is reported at once.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|CUDA runtime).*")
+    from pretrain.checkpoint import CheckpointError
+    from pretrain.shard_store import DatasetError
+    from pretrain.train import NonFiniteError
+    from pretrain.train import main as train
+
+    try:
+        return train(cfg)
+    except (ConfigError, CheckpointError, DatasetError, NonFiniteError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Other ranks may wait in a collective for this one; leaving without clean-up lets the launcher end them.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""DeepSpeed behind one small class; the only file that imports it. Its JSON is derived from RunConfig.
+
+Parameters are float32 and the model casts them where they are used, so DeepSpeed runs in float32 too: gradients of all
+widths and micro-batches accumulate in float32, and A_log, dt_bias, D and norms never see a narrower type. ZeRO shards
+the optimizer's master copy and moments over data parallelism.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+from modeling.language import LanguageModel
+from modeling.tensor_parallel import layout_of
+from pretrain.config import RunConfig
+from pretrain.distributed import Mpu, Ranks
+from pretrain.optim import parameter_groups
+
+NEVER_CLIP = 1e30
+"""Norm bound that stands for no clipping: DeepSpeed computes the norm, and refuses a non-finite one, only under a bound."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one local parameter whose optimizer state this rank holds: flat entries start .. start + numel."""
+
+    start: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Engine:
+    """One model under DeepSpeed ZeRO. All ranks must call `backward` and `step`."""
+
+    def __init__(self, model: LanguageModel, cfg: RunConfig, ranks: Ranks) -> None:
+        deepspeed_logger.setLevel(logging.WARNING)
+        if ranks.device.type == "cpu":
+            # Its shared-memory collective would be compiled at first use (a minute); gloo serves CPU ranks here.
+            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        for name, parameter in model.named_parameters():
+            # DeepSpeed counts a parameter in the gradient norm on tp rank 0 alone unless it is marked as sharded.
+            parameter.tensor_model_parallel = layout_of(name).is_sharded  # type: ignore[attr-defined]
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model.named_parameters(), cfg.optim),
+            lr=cfg.optim.lr,
+            betas=cfg.optim.betas,
+            eps=cfg.optim.eps,
+            fused=ranks.device.type == "cuda",
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            mpu=Mpu(),
+            dist_init_required=False,
+            config=deepspeed_config(cfg, ranks),
+        )
+        self.model: LanguageModel = model
+        self.parameters = dict(model.named_parameters())
+        self._make_optimizer_state()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, through DeepSpeed's hooks."""
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`. `last` marks the final backward of the step: gradients are reduced there, once.
+
+        A step has one backward for each width and micro-batch; DeepSpeed would take each for a whole one, so the
+        boundary is set by hand. The caller has already divided the loss by the number of micro-batches.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update at rate `lr`, clear gradients. Returns the gradient norm before clipping, over all ranks.
+
+        Where the norm is not finite DeepSpeed leaves every rank's parameters and state as they were; inf is returned.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm)
+
+    def fragment(self, name: str) -> Fragment | None:
+        """This rank's master and moments of parameter `name`, as views; None where other ranks hold all of it."""
+        mapping = self.parameters[name]._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        return Fragment(
+            start=mapping.lp_fragment_address.start,
+            master=mapping.hp_fragment,
+            exp_avg=mapping.get_optim_state_fragment("exp_avg"),
+            exp_avg_sq=mapping.get_optim_state_fragment("exp_avg_sq"),
+        )
+
+    @property
+    def n_updates(self) -> int:
+        """Optimizer updates applied so far: Adam's step, which corrects its bias."""
+        return int(next(iter(self._adam.state.values()))["step"].item())
+
+    def restore(self, n_updates: int) -> None:
+        """After fragments and parameters were overwritten in place: set Adam's step."""
+        for state in self._adam.state.values():
+            state["step"].fill_(float(n_updates))
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+    def _make_optimizer_state(self) -> None:
+        """Create the moments now, as zeros: torch makes them at the first step, too late to load a checkpoint into."""
+        for group in self._adam.param_groups:
+            for partition in group["params"]:
+                state = self._adam.state[partition]
+                # The fused kernel wants the step on the device, the loop on the host, as torch itself places it.
+                device = partition.device if group["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(partition)
+                state["exp_avg_sq"] = torch.zeros_like(partition)
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def deepspeed_config(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's JSON for this run. Accumulation is 1: the boundary is set by hand (see Engine.backward)."""
+    return {
+        "train_micro_batch_size_per_gpu": cfg.data.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": cfg.optim.clip_norm or NEVER_CLIP,
+        "zero_optimization": {
+            "stage": cfg.parallel.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": cfg.parallel.zero_stage > 1,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }

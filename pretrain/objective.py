@@ -1,0 +1,71 @@
+"""What one optimizer step minimises: which widths train, on which tokens, and how their losses add up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from modeling.config import LanguageConfig
+from modeling.loss import Loss, next_token_loss
+from pretrain.config import NestingConfig, RunConfig
+from pretrain.data import Batch
+from pretrain.engine import Engine
+
+
+@dataclass(frozen=True)
+class WeightedWidth:
+    """A width that trains in this step, and the weight of its loss."""
+
+    n_heads: int
+    weight: float
+
+
+def step_widths(
+    model: LanguageConfig, cfg: NestingConfig, weights: tuple[float, ...], seed: int, step: int
+) -> list[WeightedWidth]:
+    """The widths of step `step`, widest first. A function of the seed and the step, so a resumed run draws the same.
+
+    sandwich keeps the sum of the weights: the drawn widths' weights are scaled up to it.
+    """
+    chosen = list(range(len(model.widths)))
+    if cfg.rule == "sandwich":
+        drawn = random.Random(f"{seed}:{step}").choice(chosen[1:-1])
+        chosen = [0, drawn, chosen[-1]]
+    scale = sum(weights) / sum(weights[i] for i in chosen)
+    return [WeightedWidth(n_heads=model.widths[i], weight=weights[i] * scale) for i in chosen]
+
+
+def draws_per_micro_batch(model: LanguageConfig, cfg: NestingConfig) -> int:
+    """Micro-batches that the widths of a step take from the data for each one they train on: 1 where they share it."""
+    if cfg.draw == "shared":
+        return 1
+    return 3 if cfg.rule == "sandwich" else len(model.widths)
+
+
+def width_losses(
+    engine: Engine, batches: Iterable[Batch], widths: list[WeightedWidth], cfg: RunConfig
+) -> Iterator[tuple[WeightedWidth, Loss]]:
+    """Forward each width on one micro-batch and yield its loss; the caller runs backward before asking for the next.
+
+    One width's activations are alive at a time. `batches` holds one batch that all widths share, or one for each. With
+    distillation the first, widest one teaches the others. All ranks must call, and exhaust the iterator alike.
+    """
+    batches = list(batches)
+    teacher_btd: Tensor | None = None
+    for i, width in enumerate(widths):
+        batch = batches[i % len(batches)]
+        hidden_btd = engine(batch.tokens_bt, cfg.model.layer_widths(width.n_heads), seq_idx_bt=batch.seq_idx_bt)
+        loss = next_token_loss(
+            engine.model,
+            hidden_btd,
+            batch.targets_bt,
+            teacher_btd=teacher_btd,
+            distill_weight=cfg.nesting.distill_weight,
+            temperature=cfg.nesting.distill_temperature,
+        )
+        if cfg.nesting.distill_weight and i == 0:
+            teacher_btd = hidden_btd.detach()
+        yield width, loss

@@ -1,0 +1,47 @@
+"""A picture of a run: training and validation loss of every width over tokens."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from pretrain.metrics import read_metrics
+
+
+def plot_losses(metrics_path: str | Path, png_path: str | Path, title: str = "") -> None:
+    """Draw the losses recorded in a metrics.jsonl: lines for training, dots for validation, one colour a width.
+
+    Raises ValueError where the file holds no training record.
+    """
+    records = read_metrics(metrics_path)
+    train = [record for record in records if record["kind"] == "train"]
+    validation = [record for record in records if record["kind"] == "eval"]
+    if not train:
+        raise ValueError(f"{metrics_path} holds no training record yet")
+    names = list(dict.fromkeys(name for record in train for name in record["loss"]))
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for name, colour in zip(
+        names, plt.get_cmap("viridis")([i / max(1, len(names)) for i in range(len(names))]), strict=True
+    ):
+        seen = [(record["tokens"], record["loss"][name]) for record in train if name in record["loss"]]
+        axes.plot(*zip(*seen, strict=True), color=colour, label=f"width {name}", linewidth=1.2)
+        checked = [(record["tokens"], record["loss"][name]) for record in validation if name in record["loss"]]
+        if checked:
+            axes.scatter(*zip(*checked, strict=True), color=colour, s=18, zorder=3)
+    axes.set(xlabel="tokens", ylabel="next-token loss (nats)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(title="lines: train, dots: validation")
+    figure.tight_layout()
+    figure.savefig(png_path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m pretrain.plot RUN_DIR/metrics.jsonl losses.png")
+    plot_losses(sys.argv[1], sys.argv[2])

@@ -1,0 +1,151 @@
+"""Saving and resuming a run: what moves between the engine's memory and a checkpoint. Every rank calls each function."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from modeling.language import logical_shapes
+from modeling.tensor_parallel import layout_of, local_part
+from pretrain import checkpoint
+from pretrain.checkpoint import CheckpointError, Piece, Reader, RunState
+from pretrain.config import ConfigError, RunConfig
+from pretrain.config_io import config_to_plain
+from pretrain.distributed import Ranks
+from pretrain.engine import Engine
+from pretrain.provenance import git_commit, versions
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def save(engine: Engine, cfg: RunConfig, ranks: Ranks, state: RunState) -> Path:
+    """Write the checkpoint of `state`; returns its folder.
+
+    Raises CheckpointError on every rank where any rank could not write; earlier checkpoints are then untouched.
+    """
+    root = checkpoint.checkpoint_dir(cfg.run_dir)
+    folder = checkpoint.temporary_dir(root, state.step)
+    try:
+        _attempt(ranks, lambda: checkpoint.begin(root, state.step) if ranks.is_main else None)
+        entry = _attempt(ranks, lambda: checkpoint.write_rank_file(folder, ranks.rank, _pieces(engine, ranks)))
+        manifest = _manifest(cfg, ranks, state, ranks.gather_objects(entry))
+        keep_last = cfg.checkpoint.keep_last
+        _attempt(ranks, lambda: checkpoint.commit(root, state.step, manifest, keep_last) if ranks.is_main else None)
+    except CheckpointError as error:
+        if ranks.is_main:
+            checkpoint.abandon(root, state.step)
+        raise CheckpointError(
+            f"checkpoint of step {state.step} was not written: {error}. Earlier checkpoints in {root} are whole"
+        ) from None
+    return root / checkpoint.step_name(state.step)
+
+
+def resume(engine: Engine, cfg: RunConfig, ranks: Ranks) -> RunState | None:
+    """Load what `cfg.checkpoint.resume` asks for into the engine; returns where the run stands, None for a fresh start.
+
+    With "auto", checkpoints that are damaged or incomplete are skipped with a warning that says what is wrong with them.
+    Raises CheckpointError where a named checkpoint is, or where every one is damaged: starting anew over them is for
+    people to decide.
+    """
+    if cfg.checkpoint.resume == "never":
+        return None
+    named = cfg.checkpoint.resume != "auto"
+    root = checkpoint.checkpoint_dir(cfg.run_dir)
+    found = ranks.gather_objects(checkpoint.candidates(root) if ranks.is_main and not named else [])[0]
+    folders = [Path(cfg.checkpoint.resume)] if named else found
+    for folder in folders:
+        try:
+            reader = _attempt(ranks, partial(_open_verified, folder, ranks))
+        except CheckpointError as error:
+            if named:
+                raise
+            if ranks.is_main:
+                logger.warning("skipping checkpoint %s: %s", folder.name, error)
+            continue
+        reader.check_model(cfg.model)
+        _load(engine, reader, cfg.model.n_heads, ranks)
+        if ranks.is_main:
+            logger.info("resumed from %s: step %d, %d tokens", folder, reader.state.step, reader.state.tokens)
+        return reader.state
+    if folders:
+        raise CheckpointError(
+            f"every checkpoint in {root} is damaged (see the warnings above): mend or remove them, or set "
+            "checkpoint.resume=never to start anew"
+        )
+    return None
+
+
+def _attempt(ranks: Ranks, work: Callable[[], T]) -> T:
+    """`work()`'s result on this rank; CheckpointError on all ranks where it failed on any."""
+    result, error = None, None
+    try:
+        result = work()
+    except (OSError, CheckpointError) as caught:
+        error = f"rank {ranks.rank}: {caught}"
+    errors = [text for text in ranks.gather_objects(error) if text is not None]
+    if errors:
+        raise CheckpointError("; ".join(errors))
+    return cast(T, result)
+
+
+def _open_verified(folder: Path, ranks: Ranks) -> Reader:
+    reader = Reader(folder)
+    reader.verify(ranks.rank, ranks.world_size)
+    return reader
+
+
+def _pieces(engine: Engine, ranks: Ranks) -> dict[Piece, dict[str, Tensor]]:
+    """What this rank writes: its optimizer fragments; of what all tp ranks hold alike, tp rank 0's."""
+    pieces = {}
+    for name in engine.parameters:
+        fragment = engine.fragment(name)
+        if fragment is None or (ranks.tp.rank > 0 and not layout_of(name).is_sharded):
+            continue
+        piece = Piece(name=name, tp_rank=ranks.tp.rank, start=fragment.start, numel=fragment.master.numel())
+        pieces[piece] = {kind: getattr(fragment, kind).detach().float().cpu() for kind in checkpoint.KINDS}
+    return pieces
+
+
+def _load(engine: Engine, reader: Reader, n_heads: int, ranks: Ranks) -> None:
+    """Fill parameters and optimizer fragments in place, one logical parameter at a time."""
+    for name, parameter in engine.parameters.items():
+        fragment = engine.fragment(name)
+        for kind in checkpoint.KINDS:
+            if kind != "master" and fragment is None:
+                continue  # only the owner of a fragment needs its moments
+            full = reader.full(name, kind, n_heads)
+            part = local_part(full, layout_of(name), n_heads, ranks.tp.size, ranks.tp.rank)
+            if kind == "master":
+                parameter.data.copy_(part)
+            if fragment is not None:
+                target = getattr(fragment, kind)
+                target.data.copy_(part.flatten()[fragment.start : fragment.start + target.numel()])
+    engine.restore(reader.state.n_updates)
+
+
+def _manifest(cfg: RunConfig, ranks: Ranks, state: RunState, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format_version": checkpoint.FORMAT_VERSION,
+        "state": asdict(state),
+        "config": config_to_plain(cfg),
+        "layout": {"tensor": ranks.tp.size, "data": ranks.dp_size, "zero_stage": cfg.parallel.zero_stage},
+        "shapes": logical_shapes(cfg.model),
+        "files": entries,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def check_same_run(cfg: RunConfig, state: RunState) -> None:
+    """Raise ConfigError where the config asks for less than is already done."""
+    if state.step > cfg.optim.steps:
+        raise ConfigError(
+            f"the checkpoint is at step {state.step}, optim.steps={cfg.optim.steps}: nothing is left to do"
+        )

@@ -1,0 +1,256 @@
+"""A training run, from config to checkpoint. `train` is the order of a step; `main` the order of a start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from modeling.language import LanguageModel
+from modeling.nesting import width_name
+from modeling.ops.upstream import chunk_scan
+from pretrain import resume
+from pretrain.checkpoint import RunState
+from pretrain.config import ConfigError, RunConfig
+from pretrain.config_io import config_to_yaml
+from pretrain.data import Batch, TokenLoader, check_dataset, validation_batches
+from pretrain.distributed import Ranks, close_ranks, init_ranks
+from pretrain.engine import Engine
+from pretrain.evaluate import validation_losses
+from pretrain.metrics import MetricsWriter, Record, StepMeter
+from pretrain.objective import draws_per_micro_batch, step_widths, width_losses
+from pretrain.optim import learning_rate
+from pretrain.progress import TrainingProgress
+from pretrain.provenance import git_commit, versions
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = "Resume from the last checkpoint with a lower optim.lr, or look at the data of this step"
+
+EXIT_REQUEUE = 75
+"""Exit code of a run that was told to stop, saved, and wants to be started again (EX_TEMPFAIL)."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; raised on all ranks before any of them updates a parameter."""
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGUSR1: finish the step, save, and exit with EXIT_REQUEUE."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True
+
+
+@dataclass
+class Run:
+    """Everything a training loop touches; there are no globals."""
+
+    cfg: RunConfig
+    ranks: Ranks
+    engine: Engine
+    loader: TokenLoader
+    validation: list[Batch]
+    meter: StepMeter
+    writer: MetricsWriter
+    progress: TrainingProgress
+    stop: StopFlag
+    state: RunState
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.engine.model
+
+    def report(self, kind: str, record: Record) -> None:
+        """Record it for programs and show it to people."""
+        self.writer.write(kind, record)
+        self.progress.show(kind, record)
+
+    def due(self, every_steps: int) -> bool:
+        """Whether the step just done is a multiple of `every_steps` (0: never)."""
+        return every_steps > 0 and self.state.step % every_steps == 0
+
+
+def train(run: Run) -> int:
+    """Train until the last step or a stop signal. Returns the exit code: 0 done, EXIT_REQUEUE stopped and saved."""
+    cfg, ranks = run.cfg, run.ranks
+    while run.state.step < cfg.optim.steps:
+        micro_batches = run.loader.next_step()
+        accumulate_gradients(run, micro_batches)  # every width on the same tokens, one reduction
+        lr = learning_rate(run.state.step, cfg.optim)
+        grad_norm = run.engine.step(lr)  # DeepSpeed updates nothing where the norm is not finite
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(
+                f"step {run.state.step}: the gradient norm is {grad_norm}; nothing was updated. {_ADVICE}"
+            )
+        run.state = advance(run)  # before the save: a checkpoint at step N holds N steps
+        stopped = ranks.agree_any(run.stop.is_set)  # asked once a step: one answer on all ranks
+        last = run.state.step == cfg.optim.steps
+        if run.due(cfg.logging.every_steps) or last or stopped:
+            run.report(
+                "train", run.meter.record(step=run.state.step, tokens=run.state.tokens, lr=lr, grad_norm=grad_norm)
+            )
+        with run.meter.pause():
+            if run.due(cfg.logging.eval_every_steps) or last:
+                evaluate(run)
+            if run.due(cfg.checkpoint.every_steps) or last or stopped:
+                folder = resume.save(run.engine, cfg, ranks, run.state)
+                run.report("event", {"step": run.state.step, "event": f"saved {folder}"})
+        run.progress.advance(run.state.step)
+        if stopped and not last:
+            run.report("event", {"step": run.state.step, "event": "stopped by a signal"})
+            return EXIT_REQUEUE
+    return 0
+
+
+def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> None:
+    """Forward and backward of the step's widths on every micro-batch. Raises NonFiniteError on all ranks alike.
+
+    `micro_batches` holds, for each micro-batch, one batch that all widths share, or one for each width.
+    """
+    cfg = run.cfg
+    widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, run.state.step)
+    draws = draws_per_micro_batch(cfg.model, cfg.nesting)
+    n_micro = len(micro_batches) // draws
+    finite = torch.ones((), dtype=torch.bool, device=run.ranks.device)
+    for m in range(n_micro):
+        batches = [batch.to(run.ranks.device) for batch in micro_batches[m * draws : (m + 1) * draws]]
+        for i, (width, loss) in enumerate(width_losses(run.engine, batches, widths, cfg)):
+            last = m == n_micro - 1 and i == len(widths) - 1
+            run.engine.backward(loss.total * (width.weight / n_micro), last=last)
+            run.meter.add(width.n_heads, loss.next_token, batches[0].targets_bt.numel())
+            finite &= torch.isfinite(loss.total.detach())
+    if run.ranks.agree_any(not finite.item()):
+        raise NonFiniteError(f"step {run.state.step}: a loss is not finite; nothing was updated. {_ADVICE}")
+
+
+def advance(run: Run) -> RunState:
+    """Where the run stands after one more step."""
+    sequence = run.loader.state_dict()["sequence"]
+    n_tokens = (sequence - run.state.sequence) * run.cfg.data.seq_len
+    run.meter.end_step(n_tokens)
+    return RunState(
+        step=run.state.step + 1,
+        tokens=run.state.tokens + n_tokens,
+        sequence=sequence,
+        n_updates=run.engine.n_updates,
+    )
+
+
+def evaluate(run: Run) -> None:
+    """Validate every trained width and record it."""
+    cfg = run.cfg
+    losses = validation_losses(run.model, run.validation, cfg.model.widths, run.ranks)
+    by_name = {width_name(n_heads, cfg.model.n_heads): loss for n_heads, loss in losses.items()}
+    run.report("eval", {"step": run.state.step, "tokens": run.state.tokens, "loss": by_name})
+
+
+def main(cfg: RunConfig) -> int:
+    """Build everything in order, train, and return the exit code. Every rank must call."""
+    ranks = init_ranks(cfg.parallel.tensor)
+    _set_up_logging(ranks)
+    cfg.grad_accum_steps(ranks.world_size)  # raises where tokens_per_step does not divide
+    check_dataset(cfg.data, cfg.model.vocab_size)
+    stop = StopFlag()
+    if ranks.is_main:
+        _record_start(cfg)
+    if cfg.deterministic:
+        _be_deterministic()
+
+    dtype = compute_dtype(cfg, ranks.device)
+    with torch.device("meta"):
+        model = LanguageModel(cfg.model, tp=ranks.tp, dtype=dtype)
+    model.to_empty(device=ranks.device)
+    model.init_weights(cfg.seed)
+    engine = Engine(model, cfg, ranks)
+    state = resume.resume(engine, cfg, ranks) or RunState()
+    resume.check_same_run(cfg, state)
+    loader = TokenLoader(
+        cfg.data,
+        split="train",
+        vocab_size=cfg.model.vocab_size,
+        seed=cfg.seed,
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        n_sequences_per_step=cfg.data.sequences_per_step * draws_per_micro_batch(cfg.model, cfg.nesting),
+        start_sequence=state.sequence,
+    )
+    validation = validation_batches(
+        cfg.data,
+        vocab_size=cfg.model.vocab_size,
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        n_sequences=cfg.logging.eval_sequences,
+    )
+    meter = StepMeter(cfg, ranks)
+    logger.info("%s, %s; %s", meter.peak_source, _scan_path(ranks.device), f"{dtype} compute")
+    with TrainingProgress(start_step=state.step, n_steps=cfg.optim.steps, enabled=ranks.is_main) as progress:
+        run = Run(
+            cfg=cfg,
+            ranks=ranks,
+            engine=engine,
+            loader=loader,
+            validation=validation,
+            meter=meter,
+            writer=MetricsWriter(cfg, start_step=state.step, enabled=ranks.is_main),
+            progress=progress,
+            stop=stop,
+            state=state,
+        )
+        try:
+            code = train(run)
+        finally:
+            loader.close()
+            run.writer.close()
+    close_ranks()
+    return code
+
+
+def _scan_path(device: torch.device) -> str:
+    fused = device.type == "cuda" and chunk_scan() is not None
+    return "scan: mamba-ssm's Triton kernels" if fused else "scan: plain PyTorch"
+
+
+def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of activations and of the weights' working copies."""
+    if cfg.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+
+
+def _record_start(cfg: RunConfig) -> None:
+    """Write what is about to run, before step 0: the resolved config, the code's commit, the libraries' versions."""
+    folder = Path(cfg.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config_to_yaml(cfg))
+        (folder / "provenance.json").write_text(
+            json.dumps({"git_commit": git_commit(), "versions": versions()}, indent=1)
+        )
+    except OSError as error:
+        raise ConfigError(f"run_dir={cfg.run_dir} cannot be written: {error}") from None
+
+
+def _be_deterministic() -> None:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["MAMBA_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(True)
+
+
+def _set_up_logging(ranks: Ranks) -> None:
+    level = logging.INFO if ranks.is_main else logging.WARNING
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s [rank {ranks.rank}] %(message)s", datefmt="%H:%M:%S", force=True
+    )
