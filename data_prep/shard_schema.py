@@ -2,17 +2,20 @@
 
 A token dataset is a folder of MosaicML Streaming (MDS) shards, one folder a split. The documents of the split, each
 followed by the end-of-text token, are laid end to end and cut into rows of `row_tokens` tokens. A row is stored with
-the one token that follows it, so a sample holds `row_tokens + 1` ids and every token of the split is predicted exactly
-once: sample i ends with the id that sample i + 1 starts with. Training slices a row into sequences of any length that
-divides `row_tokens`. The last row of a split is padded with the end-of-text token.
+the one token that follows it, so a sample holds `row_tokens + 1` ids and every token of the split but the first is
+predicted exactly once: sample i ends with the id that sample i + 1 starts with. Training slices a row into sequences
+of any length that divides `row_tokens`. The last row is padded with the end-of-text token. Where several jobs of an
+array prepared the dataset, each wrote a part: such a chain of rows of its own, padded at its end.
 
-    DIR/manifest.json            what the tokens are (see Manifest)
-    DIR/train/index.json         MDS index; shards beside it
-    DIR/val/index.json
+    DIR/manifest.json            what the tokens are (see Manifest); written last, so its presence means whole
+    DIR/train/index.json         MDS index of the split
+    DIR/train/shard.00000.mds    and so on; DIR/train/part-00003-of-00016/shard.00000.mds from an array
+    DIR/val/...
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +24,8 @@ from typing import Any
 SCHEMA_VERSION = 1
 TOKENS_COLUMN = "tokens"
 MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.json"
+SHARD_HASH = "sha256"
 SPLITS = ("train", "val")
 
 
@@ -29,9 +34,15 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def mds_columns(vocab_size: int) -> dict[str, str]:
-    """Column name to MDS encoding: one 1-D array of ids."""
-    return {TOKENS_COLUMN: f"ndarray:{token_dtype(vocab_size)}"}
+def mds_columns(vocab_size: int, row_tokens: int) -> dict[str, str]:
+    """Column name to MDS encoding: one array of `row_tokens + 1` ids."""
+    return {TOKENS_COLUMN: f"ndarray:{token_dtype(vocab_size)}:{row_tokens + 1}"}
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of the bytes of the file at `path`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +68,7 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     """Version of this layout; a reader refuses one it does not know."""
 
-    def write_text(self) -> str:
+    def text(self) -> str:
         """The manifest as JSON with sorted keys: equal manifests are equal bytes."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 

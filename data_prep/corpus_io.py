@@ -1,0 +1,384 @@
+"""Input files to chunks of documents: local parquet and JSON lines (plain, .gz, .zst), globs, Hugging Face datasets.
+
+A chunk is the unit of work and of resumption: a parquet row group, or a block of whole lines. Chunking depends on the
+file alone, so a run that is resumed, or has other workers, sees the same chunks. The parent makes chunks without
+looking inside (a row group is only named; lines travel as bytes); the workers decode them.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
+BLOCK_BYTES = 4 << 20
+MAX_LINE_BYTES = 1 << 30
+LARGE_GROUP_BYTES = 256 << 20
+LARGE_GROUP_DOCUMENTS = 512
+
+
+class InputError(ValueError):
+    """An input cannot be read; the message names the file and the way out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file."""
+
+    path: str
+    """Local path, or hf://datasets/OWNER/NAME/FILE."""
+    n_bytes: int
+    """Size on disk or on the hub: weighs the progress and guards a resumed run against a changed input."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which documents are kept; an empty or None field keeps all. Fields are FineWeb's and FineWeb-Edu's columns."""
+
+    language: str = ""
+    min_language_score: float | None = None
+    min_score: float | None = None
+    dumps: tuple[str, ...] = ()
+
+    def columns(self) -> dict[str, str]:
+        """Column that each filter in use reads: {column: option}."""
+        in_use = {
+            "language": ("--language", bool(self.language)),
+            "language_score": ("--min-language-score", self.min_language_score is not None),
+            "score": ("--min-score", self.min_score is not None),
+            "dump": ("--dump", bool(self.dumps)),
+        }
+        return {column: option for column, (option, used) in in_use.items() if used}
+
+    def keep(self, document: dict[str, Any]) -> bool:
+        """Whether the document passes every filter; one that lacks a filtered field does not."""
+        try:
+            return (
+                (not self.language or document["language"] == self.language)
+                and (self.min_language_score is None or document["language_score"] >= self.min_language_score)
+                and (self.min_score is None or document["score"] >= self.min_score)
+                and (not self.dumps or document["dump"] in self.dumps)
+            )
+        except (KeyError, TypeError):
+            return False
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Documents `number` of `source`, still to be decoded: a row group's number, a record batch, or bytes of lines.
+
+    The last chunk of a source has `payload` None: it asks for the file's checksum.
+    """
+
+    source: int
+    path: str
+    number: int
+    payload: int | pa.RecordBatch | bytes | None
+    fraction: float
+    """How much of the source is done after this chunk, 0..1 (an estimate, for progress)."""
+
+
+# --------------------------------------------------------------------------- which files
+
+
+def find_sources(inputs: list[str], hub_config: str = "") -> list[Source]:
+    """The files that the inputs name, in order, each once: paths, globs, folders, or OWNER/NAME on the hub.
+
+    Raises InputError where an input names nothing or a file is of an unknown kind.
+    """
+    sources: dict[str, Source] = {}
+    for text in inputs:
+        for source in _expand(text, hub_config):
+            sources.setdefault(source.path, source)
+    return list(sources.values())
+
+
+def _expand(text: str, hub_config: str) -> list[Source]:
+    if text.startswith("hf://"):
+        return _hub_sources(text.removeprefix("hf://").removeprefix("datasets/"), hub_config)
+    path = Path(text)
+    if path.is_dir():
+        paths = sorted(str(p) for p in path.rglob("*") if p.is_file() and _kind(p.name))
+    elif path.is_file():
+        paths = [text]
+    else:
+        paths = sorted(p for p in glob.glob(text, recursive=True) if Path(p).is_file())
+        if not paths and re.fullmatch(r"[\w.-]+/[\w.-]+(/.*)?", text) and not path.parent.exists():
+            return _hub_sources(text, hub_config)
+    if not paths:
+        raise InputError(f"--input {text}: no such file, no file matches, and not OWNER/NAME of a hub dataset")
+    for name in paths:
+        if not _kind(name):
+            raise InputError(f"--input {name}: unknown kind. Use .parquet or .jsonl, the latter also .gz or .zst")
+    return [Source(name, Path(name).stat().st_size) for name in paths]
+
+
+def _kind(name: str) -> str:
+    stem = name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "lines" if stem.endswith(LINE_SUFFIXES) else ""
+
+
+def hub_file_system() -> Any:
+    """The hub as an fsspec file system; huggingface_hub is an optional extra. HF_TOKEN and HF_HOME apply."""
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError:
+        raise InputError(
+            "reading from the hub needs huggingface_hub: pip install 'matmamba-pretrain[data]', or download the files"
+        ) from None
+    return HfFileSystem()
+
+
+def _hub_sources(name: str, hub_config: str) -> list[Source]:
+    """Files of OWNER/NAME[/FOLDER]; `hub_config` is a FineWeb configuration: sample-10BT, CC-MAIN-2024-10, default."""
+    if hub_config.startswith("sample-"):
+        folder = f"{name}/sample/{hub_config.removeprefix('sample-')}"
+    elif hub_config and hub_config != "default":
+        folder = f"{name}/data/{hub_config}"
+    else:
+        folder = f"{name}/data" if name.count("/") == 1 else name
+    try:
+        found = hub_file_system().find(f"datasets/{folder}", detail=True)
+    except InputError:
+        raise
+    except Exception as error:  # network, credentials and absence raise a dozen different types
+        raise InputError(f"--input {name}: datasets/{folder} cannot be listed on the hub: {error!r}") from error
+    sources = [Source(f"hf://{path}", int(info["size"])) for path, info in sorted(found.items()) if _kind(path)]
+    if not sources:
+        raise InputError(f"--input {name}: datasets/{folder} on the hub holds no parquet or jsonl file")
+    return sources
+
+
+def open_binary(path: str) -> Any:
+    """The bytes of a local file or of one on the hub (streamed by range requests), as a seekable file."""
+    if path.startswith("hf://"):
+        return hub_file_system().open(path.removeprefix("hf://"), "rb")
+    return open(path, "rb")
+
+
+# --------------------------------------------------------------------------- chunks
+
+
+def chunks(number: int, source: Source, columns: list[str], filters: Filters, skip: int = 0) -> Iterator[Chunk]:
+    """The chunks of source number `number` from chunk `skip` on.
+
+    Raises InputError for a file that is cut short, is not what its name says, or lacks a column.
+    """
+    try:
+        if _kind(source.path) == "parquet":
+            payloads = _parquet_payloads(source.path, columns, filters, skip)
+        else:
+            payloads = _line_payloads(source, skip)
+        at = skip
+        for payload, fraction in payloads:
+            yield Chunk(number, source.path, at, payload, fraction)
+            at += 1
+        yield Chunk(number, source.path, at, None, 1.0)
+    except (pa.ArrowException, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(unreadable(source.path, error)) from error
+
+
+def unreadable(path: str, error: Exception) -> str:
+    """The message for a file whose bytes do not decode."""
+    return f"{path}: cannot be read, it is cut short or damaged ({error}). Fetch it again, or leave it out of --input"
+
+
+def _parquet_payloads(
+    path: str, columns: list[str], filters: Filters, skip: int
+) -> Iterator[tuple[int | pa.RecordBatch, float]]:
+    file = pq.ParquetFile(open_binary(path))
+    names = file.schema_arrow.names
+    check_columns(path, names, columns[0], filters)
+    at = 0
+    for group in range(file.num_row_groups):
+        done = (group + 1) / file.num_row_groups
+        meta = file.metadata.row_group(group)
+        if meta.total_byte_size <= LARGE_GROUP_BYTES:
+            if at >= skip:
+                yield group, done
+            at += 1
+            continue
+        # One worker would need all of it in memory, and the others would wait: the parent streams such a group.
+        for batch in file.iter_batches(LARGE_GROUP_DOCUMENTS, row_groups=[group], columns=columns):
+            if at >= skip:
+                yield batch, done
+            at += 1
+
+
+def check_columns(path: str, names: list[str], text_column: str, filters: Filters) -> None:
+    """Raise InputError unless the text column and each filter's column are among `names`."""
+    if text_column not in names:
+        raise InputError(f"{path}: no column {text_column!r}; it has {', '.join(names)}. Name one with --text-column")
+    for column, option in filters.columns().items():
+        if column not in names:
+            raise InputError(f"{path}: {option} needs a column {column!r}; it has {', '.join(names)}")
+
+
+def _line_payloads(source: Source, skip: int) -> Iterator[tuple[bytes, float]]:
+    """Blocks of whole lines, about BLOCK_BYTES each."""
+    with open_binary(source.path) as raw:
+        stream = _decompressed(source.path, raw)
+        parts: list[bytes] = []  # of a line that is longer than a block
+        at = 0
+        while True:
+            block = stream.read(BLOCK_BYTES)
+            if not block:
+                break
+            end = block.rfind(b"\n") + 1
+            if not end:
+                parts.append(block)
+                if sum(map(len, parts)) > MAX_LINE_BYTES:
+                    raise InputError(f"{source.path}: a line is over {MAX_LINE_BYTES >> 20} MiB: not JSON lines")
+                continue
+            whole = b"".join([*parts, block[:end]])
+            parts = [block[end:]] if end < len(block) else []
+            if at >= skip:
+                yield whole, min(1.0, raw.tell() / max(1, source.n_bytes))
+            at += 1
+        if parts and at >= skip:
+            yield b"".join(parts), 1.0
+
+
+def _decompressed(path: str, raw: Any) -> Any:
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError(f"{path}: install zstandard (pip install 'matmamba-pretrain[data]')") from None
+        return io.BufferedReader(_WholeFrames(raw, zstandard.ZstdDecompressor()), BLOCK_BYTES)
+    return raw
+
+
+class _WholeFrames(io.RawIOBase):
+    """Decompressed bytes of concatenated zstd frames; EOFError where the last frame is cut short.
+
+    zstandard's own stream reader takes the end of the file for the end of the data.
+    """
+
+    def __init__(self, raw: Any, decompressor: Any) -> None:
+        self._raw, self._decompressor = raw, decompressor
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            data = self._input or self._raw.read(1 << 17)
+            self._input = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame does not end")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._output = self._frame.decompress(data)
+            except Exception as error:  # ZstdError, which cannot be named without importing the extra
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        n = min(len(buffer), len(self._output))
+        buffer[:n], self._output = self._output[:n], self._output[n:]
+        return n
+
+
+# --------------------------------------------------------------------------- documents
+
+
+def documents(chunk: Chunk, text_column: str, filters: Filters, skipped: Counter[str]) -> Iterator[str]:
+    """The texts of a chunk. What is left out is counted in `skipped` by reason:
+
+    filtered (a filter said no), no_text (null, or not a string), malformed (a line that is not a JSON object),
+    invalid_utf8 (bytes that are not UTF-8, or a lone surrogate). Raises InputError where the bytes do not decode.
+    """
+    raw = (
+        _line_documents(chunk.payload, skipped)
+        if isinstance(chunk.payload, bytes)
+        else _rows(chunk, text_column, filters)
+    )
+    for document in raw:
+        if not filters.keep(document):
+            skipped["filtered"] += 1
+            continue
+        text = document.get(text_column)
+        try:
+            if isinstance(text, bytes):
+                text = text.decode()
+            elif isinstance(text, str):
+                text.encode()
+        except UnicodeError:
+            skipped["invalid_utf8"] += 1
+            continue
+        if not isinstance(text, str):
+            skipped["no_text"] += 1
+            continue
+        yield text
+
+
+def _line_documents(block: bytes, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    for line in block.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except UnicodeDecodeError:
+            skipped["invalid_utf8"] += 1
+            continue
+        except (ValueError, RecursionError):
+            skipped["malformed"] += 1
+            continue
+        if isinstance(document, dict):
+            yield document
+        else:
+            skipped["malformed"] += 1
+
+
+@functools.lru_cache(maxsize=1)
+def _parquet_file(path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(open_binary(path))
+
+
+def _rows(chunk: Chunk, text_column: str, filters: Filters) -> Iterator[dict[str, Any]]:
+    columns = [text_column, *filters.columns()]
+    try:
+        if isinstance(chunk.payload, pa.RecordBatch):
+            table = pa.Table.from_batches([chunk.payload])
+        else:
+            table = _parquet_file(chunk.path).read_row_group(chunk.payload, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(unreadable(chunk.path, error)) from error
+    text_type = table.schema.field(text_column).type
+    as_binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(text_type)
+    for batch in table.to_batches(max_chunksize=256):
+        values = {name: batch.column(name) for name in columns}
+        if as_binary is not None:  # so that one text that is not UTF-8 does not take the others with it
+            values[text_column] = values[text_column].view(as_binary)
+        for row in zip(*(column.to_pylist() for column in values.values()), strict=True):
+            yield dict(zip(columns, row, strict=True))
+
+
+def sha256_of(path: str) -> str:
+    """Checksum of an input file; empty for one on the hub, whose repository already names its content."""
+    if path.startswith("hf://"):
+        return ""
+    with open_binary(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

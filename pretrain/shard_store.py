@@ -1,0 +1,207 @@
+"""Rows of one split of a token dataset, by number: streaming's StreamingDataset used as a store of shards.
+
+StreamingDataset downloads, decompresses and caches; the order of rows is `pretrain.data`'s alone. Three of its habits
+need care, and get it here:
+
+- It keeps state in shared memory that outlives a crash and then blocks the next start ("Reused local directory").
+  `clean_stale_shared_memory` of the library removes every segment on the node, a live neighbour's too. Ours removes
+  the segments of a prefix only where no living process maps one of them.
+- It picks the first free prefix without a lock, so two runs that start at once on a node collide. One process a node
+  holds a file lock while the dataset is built.
+- It learns its place from RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE alone, which Slurm does not set. They are
+  set while it is built, to what torch.distributed knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+from streaming.base.constant import SHM_TO_CLEAN
+from torch import distributed
+
+from data_prep.shard_schema import SHARD_HASH, TOKENS_COLUMN
+
+log = logging.getLogger(__name__)
+
+SHM_DIR = Path("/dev/shm")
+NODE_LOCK_TIMEOUT_S = 120.0
+
+
+class DatasetError(ValueError):
+    """What is on disk is not what the dataset's index or manifest says."""
+
+
+class RowStore:
+    """Random access to the rows of `split`. Every rank of the run must build it, in the same order as its neighbours.
+
+    `path` is a folder or a remote URI; `cache_dir`, where given, is the local folder into which shards are copied.
+    """
+
+    def __init__(self, path: str, split: str, *, cache_dir: str = "") -> None:
+        self.split = split
+        local = cache_dir or path
+        self.folder = Path(local) / split
+        with _one_at_a_time_on_this_node():
+            self._dataset = StreamingDataset(remote=path if cache_dir else None, local=local, split=split)
+        self.rows_per_shard: NDArray[np.int64] = self._dataset.samples_per_shard.copy()
+        self._files: list[Any] = [shard.raw_data for shard in self._dataset.shards]  # type: ignore[attr-defined]
+        self._checked: set[int] = set()
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the split."""
+        return int(self.rows_per_shard.sum())
+
+    def row(self, number: int) -> NDArray[np.unsignedinteger]:
+        """The `row_tokens + 1` ids of row `number`. Raises DatasetError naming the shard where it cannot be read.
+
+        A shard's checksum is verified when this process first reads from it (64 MB take about 0.05 s).
+        """
+        shard_number, _ = self._dataset.spanner[number]
+        name = self.shard_name(shard_number)
+        try:
+            if shard_number not in self._checked:
+                self._dataset.get_item(number)  # downloads and decompresses where needed
+                self._check_shard(shard_number)
+                self._checked.add(shard_number)
+            ids: NDArray[np.unsignedinteger] = self._dataset.get_item(number)[TOKENS_COLUMN]
+        except DatasetError:
+            raise
+        except Exception as error:  # whatever the library stumbles over, the shard's name is what helps
+            raise DatasetError(f"shard {name}, row {number}: cannot be read ({error!r}). {self._way_out()}") from error
+        return ids
+
+    def shard_name(self, shard_number: int) -> str:
+        """The shard's file, as a person looks for it."""
+        return str(self.folder / self._files[shard_number].basename)
+
+    def shard_of_row(self, number: int) -> str:
+        """Name of the shard that holds row `number`."""
+        return self.shard_name(self._dataset.spanner[number][0])
+
+    def _check_shard(self, shard_number: int) -> None:
+        info = self._files[shard_number]
+        expected = info.hashes.get(SHARD_HASH)
+        if expected is None:
+            return  # a dataset written by another tool may carry no checksums
+        with open(self.shard_name(shard_number), "rb") as file:
+            found = hashlib.file_digest(file, SHARD_HASH).hexdigest()
+        if found != expected:
+            raise DatasetError(
+                f"shard {self.shard_name(shard_number)}: checksum {found[:16]}... is not the index's "
+                f"{expected[:16]}..., the file is damaged. {self._way_out()}"
+            )
+
+    def _way_out(self) -> str:
+        return (
+            "Delete it so that it is fetched again from data.path, or, if data.path itself is damaged, prepare the "
+            "data again; data_prep/verify_shards.py lists every damaged shard"
+        )
+
+
+@contextlib.contextmanager
+def _one_at_a_time_on_this_node() -> Iterator[None]:
+    """Clean up after crashed runs and hold the node's lock: in local rank 0; the others wait until it is held."""
+    place = _place()
+    local_rank = int(place["LOCAL_RANK"])
+    before = {name: os.environ.get(name) for name in place}
+    with contextlib.ExitStack() as stack:
+        if local_rank == 0:
+            stack.enter_context(_node_lock())
+            removed = remove_stale_shared_memory()
+            if removed:
+                log.warning("removed shared memory that crashed runs left behind: prefixes %s", removed)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
+        os.environ.update(place)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def _place() -> dict[str, str]:
+    """Where this process stands among the run's, in the variables that `streaming` reads; alone without a group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    hosts: list[str] = [""] * world_size
+    distributed.all_gather_object(hosts, socket.gethostname())
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(hosts[:rank].count(hosts[rank])),
+        "LOCAL_WORLD_SIZE": str(hosts.count(hosts[rank])),
+    }
+
+
+@contextlib.contextmanager
+def _node_lock() -> Iterator[None]:
+    """Hold this user's file lock on the node; go on without it, saying so, after NODE_LOCK_TIMEOUT_S.
+
+    Two jobs that share two nodes could each hold one node's lock and wait for the other's: hence the timeout.
+    """
+    path = Path(tempfile.gettempdir()) / f"matmamba-streaming-{os.getuid()}.lock"
+    with open(path, "a") as file:
+        deadline = time.monotonic() + NODE_LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    log.warning("%s is held by another process for %.0f s: going on", path, NODE_LOCK_TIMEOUT_S)
+                    break
+                time.sleep(0.02)
+        yield
+
+
+def remove_stale_shared_memory(shm_dir: Path = SHM_DIR, proc_dir: Path = Path("/proc")) -> list[str]:
+    """Remove this user's `streaming` shared memory that no living process maps; the prefixes that were removed.
+
+    A run that shares /dev/shm but not /proc with us (another container) would be taken for dead: give each container
+    a /dev/shm of its own, as container runtimes do by default.
+    """
+    pattern = re.compile(rf"(\d{{6,}})_(?:{'|'.join(SHM_TO_CLEAN)})")
+    found: dict[str, list[Path]] = {}
+    for segment in shm_dir.glob("*_*") if shm_dir.is_dir() else ():
+        match = pattern.fullmatch(segment.name)
+        with contextlib.suppress(FileNotFoundError):
+            if match and segment.stat().st_uid == os.getuid():
+                found.setdefault(match[1], []).append(segment)
+    if not found:
+        return []
+    living = _mapped_prefixes(shm_dir, proc_dir)
+    stale = sorted(set(found) - living)
+    for prefix in stale:
+        locks = [Path(tempfile.gettempdir()) / f"{prefix}_{name}" for name in ("barrier_filelock", "cache_filelock")]
+        for leftover in found[prefix] + locks:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                leftover.unlink()
+    return stale
+
+
+def _mapped_prefixes(shm_dir: Path, proc_dir: Path) -> set[str]:
+    pattern = re.compile(rf"{re.escape(str(shm_dir))}/(\d{{6,}})_")
+    prefixes: set[str] = set()
+    for maps in proc_dir.glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # the process ended, or is another user's
+            prefixes.update(pattern.findall(maps.read_text(errors="replace")))
+    return prefixes
