@@ -20,12 +20,14 @@ class BackboneConfig:
     """Channels of the residual stream; every width keeps all of them."""
     headdim: int = 0
     """Channels of a head; 0 means d_model / 32, the reference's choice (64 heads at expand 2)."""
+    n_heads: int = 0
+    """Heads of the full width; 0 means expand * d_model / headdim. A submodel cut out has fewer."""
     widths: tuple[int, ...] = ()
     """Trained widths as head counts, widest first; empty means the full width alone, a plain Mamba2."""
     d_state: int = 128
     """State channels per head channel."""
     expand: int = 2
-    """Inner channels of the full width over d_model."""
+    """Inner channels of the full width over d_model, where n_heads is not given."""
     d_conv: int = 4
     """Taps of the causal convolution."""
     chunk_size: int = 256
@@ -41,10 +43,15 @@ class BackboneConfig:
             if self.d_model % 32:
                 raise ValueError(f"model.headdim=0 means d_model/32, but d_model={self.d_model}: set model.headdim")
             object.__setattr__(self, "headdim", self.d_model // 32)
-        if self.headdim < 1 or self.d_inner % self.headdim:
+        inner = self.expand * self.d_model
+        if self.headdim < 1 or (self.n_heads == 0 and inner % self.headdim):
             raise ValueError(
-                f"model.headdim={self.headdim}: must divide expand * d_model = {self.expand} * {self.d_model} = {self.d_inner}"
+                f"model.headdim={self.headdim}: must divide expand * d_model = {self.expand} * {self.d_model} = {inner}"
             )
+        if self.n_heads < 0:
+            raise ValueError(f"model.n_heads={self.n_heads}: must not be negative")
+        if self.n_heads == 0:
+            object.__setattr__(self, "n_heads", inner // self.headdim)
         if not self.widths:
             object.__setattr__(self, "widths", (self.n_heads,))
         nesting.check_widths(self.widths, self.n_heads)
@@ -54,12 +61,7 @@ class BackboneConfig:
     @property
     def d_inner(self) -> int:
         """Inner channels of the full width: n_heads * headdim."""
-        return self.expand * self.d_model
-
-    @property
-    def n_heads(self) -> int:
-        """Heads of the full width."""
-        return self.d_inner // self.headdim
+        return self.n_heads * self.headdim
 
     def layer_widths(self, n_heads: int) -> nesting.LayerWidths:
         """The uniform width of `n_heads` heads in every layer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,7 +148,7 @@ def _start_wandb(cfg: RunConfig) -> Any:
     folder = Path(cfg.run_dir).resolve()
     id_file = folder / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex[:8])
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
         project=cfg.logging.wandb_project,

@@ -32,7 +32,7 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path, title: str = "")
         axes.plot(*zip(*seen, strict=True), color=colour, label=f"width {name}", linewidth=1.2)
         checked = [(record["tokens"], record["loss"][name]) for record in validation if name in record["loss"]]
         if checked:
-            axes.scatter(*zip(*checked, strict=True), color=colour, s=18, zorder=3)
+            axes.plot(*zip(*checked, strict=True), "o", color=colour, markersize=4)
     axes.set(xlabel="tokens", ylabel="next-token loss (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(title="lines: train, dots: validation")

@@ -1,0 +1,54 @@
+# `make demo` and `make test` each do all the set-up they need: uv and the locked environment, inside this folder.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+UV_VERSION := 0.13.9
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+UV := .uv/bin/uv
+BIN := .venv/bin
+STAMP := .venv/.synced
+
+.PHONY: help setup check test test-slow test-gpu demo clean
+
+help:
+	@echo "make demo      prepare text, train a small nested LM on the CPU, resume it, sample from two widths"
+	@echo "make test      lint, types and every test that needs neither a GPU nor hours"
+	@echo "make setup     uv and the locked environment, in .venv"
+	@echo "make check     lint and types"
+	@echo "make test-gpu  tests that need a CUDA GPU"
+	@echo "make test-slow stress tests"
+
+setup: $(STAMP)
+
+$(UV):
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3.12 on PATH: apt-get install python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or 3.12: make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v gcc > /dev/null || { echo "error: no gcc on PATH (mamba-ssm builds with it): apt-get install gcc"; exit 1; }
+	$(PYTHON) -m venv .uv || { echo "error: no venv module: apt-get install $(notdir $(PYTHON))-venv"; rm -rf .uv; exit 1; }
+	.uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(STAMP): $(UV) pyproject.toml uv.lock
+	$(UV) sync --frozen --python $(PYTHON)
+	@touch $@
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	$(BIN)/python -m pretrain.demo
+
+clean:
+	rm -rf .venv .uv demo

@@ -1,0 +1,112 @@
+"""mamba-ssm state dicts to ours and back, and submodels cut out of a nested model.
+
+mamba-ssm's Mamba2 stacks what we keep apart: in_proj rows are [z, x, B, C, dt] and conv1d channels [x, B, C]. The public
+MatMamba uses the same names. Only one B/C group is supported, as everywhere here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from modeling import nesting
+from modeling.config import LanguageConfig
+from modeling.language import logical_shapes
+
+StateDict = dict[str, Tensor]
+
+
+def cut(state: Mapping[str, Tensor], cfg: LanguageConfig, n_heads: int) -> tuple[StateDict, LanguageConfig]:
+    """The standalone model of the first `n_heads` heads of every layer: its logical state dict and its config.
+
+    It has one width, its own full one, and computes what the nested model computes in place at `n_heads`. Tensors are
+    copies. Raises ValueError where the width or the state dict does not fit `cfg`.
+    """
+    nesting.parse_width(n_heads, cfg.n_heads)
+    check_state(state, cfg)
+    small = replace(cfg, n_heads=n_heads, widths=(n_heads,))
+    shapes = logical_shapes(small)
+    part = {name: tensor[tuple(slice(size) for size in shapes[name])].clone() for name, tensor in state.items()}
+    return part, small
+
+
+def check_state(state: Mapping[str, Tensor], cfg: LanguageConfig) -> None:
+    """Raise ValueError, naming the parameter, unless `state` holds exactly the whole model's parameters."""
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, logical_shapes(cfg))
+
+
+def from_mamba_ssm(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDict:
+    """Our logical state dict from a MambaLMHeadModel's or a public MatMamba's; dtypes are kept, parts are views.
+
+    The embedding is padded with zero rows to cfg.n_vocab_rows where it has fewer. Raises ValueError, naming the key, where a
+    tensor is missing, unknown or of another shape than `cfg` asks for.
+    """
+    state = dict(state)
+    embedding = state.get("backbone.embedding.weight")
+    if embedding is not None and cfg.vocab_size <= embedding.shape[0] < cfg.n_vocab_rows:
+        missing = cfg.n_vocab_rows - embedding.shape[0]
+        state["backbone.embedding.weight"] = torch.cat([embedding, embedding.new_zeros(missing, embedding.shape[1])])
+    state.pop("lm_head.weight", None)  # tied to the embedding
+    expected = {name: shape for name, shape in _mamba_ssm_shapes(cfg).items() if name != "lm_head.weight"}
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected)
+    inner, n = cfg.d_inner, cfg.d_state
+    ours = {"embedding": state["backbone.embedding.weight"], "final_norm": state["backbone.norm_f.weight"]}
+    for layer in range(cfg.n_layers):
+        source, target = f"backbone.layers.{layer}.", f"blocks.{layer}."
+        z, x, bc, dt = state[f"{source}mixer.in_proj.weight"].split([inner, inner, 2 * n, cfg.n_heads])
+        conv_x, conv_bc = state[f"{source}mixer.conv1d.weight"].squeeze(1).split([inner, 2 * n])
+        bias_x, bias_bc = state[f"{source}mixer.conv1d.bias"].split([inner, 2 * n])
+        mixer = {"in_z": z, "in_x": x, "in_bc": bc, "in_dt": dt, "conv_x": conv_x, "conv_bc": conv_bc}
+        mixer |= {"conv_x_bias": bias_x, "conv_bc_bias": bias_bc}
+        mixer |= {name: state[f"{source}mixer.{theirs}"] for name, theirs in _SAME.items()}
+        ours[f"{target}norm"] = state[f"{source}norm.weight"]
+        ours.update({f"{target}mixer.{name}": tensor for name, tensor in mixer.items()})
+    return ours
+
+
+def to_mamba_ssm(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDict:
+    """A MambaLMHeadModel's state dict from our logical one; the inverse of `from_mamba_ssm`. Raises ValueError."""
+    check_state(state, cfg)
+    theirs = {"backbone.embedding.weight": state["embedding"], "backbone.norm_f.weight": state["final_norm"]}
+    theirs["lm_head.weight"] = state["embedding"]
+    for layer in range(cfg.n_layers):
+        target = f"backbone.layers.{layer}."
+        ours = {name: state[f"blocks.{layer}.mixer.{name}"] for name in _MIXER}
+        theirs[f"{target}norm.weight"] = state[f"blocks.{layer}.norm"]
+        theirs[f"{target}mixer.in_proj.weight"] = torch.cat([ours[name] for name in ("in_z", "in_x", "in_bc", "in_dt")])
+        theirs[f"{target}mixer.conv1d.weight"] = torch.cat([ours["conv_x"], ours["conv_bc"]]).unsqueeze(1)
+        theirs[f"{target}mixer.conv1d.bias"] = torch.cat([ours["conv_x_bias"], ours["conv_bc_bias"]])
+        theirs.update({f"{target}mixer.{name}": ours[own] for own, name in _SAME.items()})
+    return theirs
+
+
+_SAME = {"dt_bias": "dt_bias", "A_log": "A_log", "D": "D", "gated_norm": "norm.weight", "out": "out_proj.weight"}
+"""Mixer parameters that are one tensor on both sides: our name to theirs."""
+_MIXER = ("in_z", "in_x", "in_bc", "in_dt", "conv_x", "conv_bc", "conv_x_bias", "conv_bc_bias", *_SAME)
+
+
+def _mamba_ssm_shapes(cfg: LanguageConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        empty = {name: torch.empty(shape) for name, shape in logical_shapes(cfg).items()}
+    return {name: tuple(tensor.shape) for name, tensor in to_mamba_ssm(empty, cfg).items()}
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name in _in_order(expected, found):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{name}: shape {found.get(name, 'absent')}, the config says {expected.get(name, 'absent')}. "
+                "Use the config that the weights were made with (one B/C group, tied embedding)"
+            )
+
+
+def _in_order(*maps: Mapping[str, object]) -> Iterator[str]:
+    seen: set[str] = set()
+    for names in maps:
+        for name in names:
+            if name not in seen:
+                seen.add(name)
+                yield name

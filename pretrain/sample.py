@@ -1,0 +1,84 @@
+"""Sample text from a checkpoint at any width: `python -m pretrain.sample RUN_DIR --width 1/4 --prompt "The"`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data_prep.tokenizers_io import open_tokenizer
+from modeling.generate import Sampling, generate
+from modeling.language import LanguageModel
+from modeling.nesting import parse_layer_widths
+from pretrain.checkpoint import CheckpointError, Reader, candidates, checkpoint_dir
+from pretrain.config import ConfigError
+from pretrain.config_io import config_from_dict
+
+
+def load_model(folder: Path) -> tuple[LanguageModel, str]:
+    """The whole model of a checkpoint, float32 on the CPU, and the path of its run's tokenizer ("" where none is named).
+
+    `folder` is a checkpoint or a run; of a run the newest checkpoint is taken. Raises CheckpointError.
+    """
+    if not (folder / "manifest.json").exists():
+        newest = candidates(checkpoint_dir(folder))
+        if not newest:
+            raise CheckpointError(f"{folder} is neither a checkpoint nor a run that has one")
+        folder = newest[0]
+    reader = Reader(folder)
+    cfg = config_from_dict(reader.manifest["config"])
+    reader.check_model(cfg.model)
+    model = LanguageModel(cfg.model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in reader.weights(cfg.model.n_heads):
+            parameters[name].copy_(value)
+    return model.eval(), cfg.data.tokenizer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.sample", description="Sample text at any width.")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder")
+    parser.add_argument("--width", default="1", help="1, 1/2, a head count as 16h, or one for each layer: 1,1/2,...")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--tokenizer", default="", help="default: the one that the run's config names")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        model, named = load_model(args.checkpoint)
+        spec = args.tokenizer or named
+        if not spec:
+            raise ConfigError("the run's config names no data.tokenizer: pass --tokenizer FILE")
+        tokenizer = open_tokenizer(spec)
+        widths = parse_layer_widths(args.width, model.cfg.n_heads, model.cfg.n_layers)
+        ids = [int(i) for i in tokenizer.encode_batch([args.prompt])[0]] or [tokenizer.eos_id]
+        sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    generator = torch.Generator().manual_seed(args.seed)
+    steps = generate(
+        model,
+        torch.tensor([ids]),
+        widths,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        generator=generator,
+    )
+    new = []
+    for token in steps:
+        if token.item() == tokenizer.eos_id:
+            break
+        new.append(int(token))
+    print(tokenizer.decode(ids + new))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
