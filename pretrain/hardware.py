@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 GPU_PEAK_TFLOPS = {
@@ -29,7 +31,7 @@ def peak_tflops(device_name: str | None, stated: float = 0.0) -> tuple[float | N
         return stated, "stated in logging.peak_tflops"
     if device_name is None:
         return None, "no GPU: MFU is not reported"
-    matches = [name for name in GPU_PEAK_TFLOPS if name in device_name]
+    matches = [name for name in GPU_PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)]
     if not matches:
         return None, f"{device_name} is not in the table of peaks: set logging.peak_tflops to have MFU reported"
     best = max(matches, key=len)

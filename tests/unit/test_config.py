@@ -1,0 +1,149 @@
+"""Every field refuses what cannot run; the loader's errors name the key and the way out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain.config import ConfigError
+from pretrain.config_io import config_from_dict, config_to_yaml, load_config
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("lm_*.yaml"))
+
+BAD_VALUES = [
+    ("model.n_layers", 0), ("model.d_model", 0), ("model.headdim", 7), ("model.widths", [8, 4]),
+    ("model.d_state", 0), ("model.expand", 0), ("model.d_conv", 0), ("model.chunk_size", 0),
+    ("model.norm_eps", 0.0), ("model.vocab_size", 1),
+    ("data.path", ""), ("data.path", "s3://bucket/tokens"), ("data.seq_len", 0), ("data.seq_len", 48),
+    ("data.tokens_per_step", 100), ("data.micro_batch", 0), ("data.n_workers", -1),
+    ("optim.lr", 0.0), ("optim.steps", 0), ("optim.warmup_steps", 50), ("optim.warmup_steps", -1),
+    ("optim.schedule", "linear"), ("optim.decay_steps", 5), ("optim.decay_steps", 99),
+    ("optim.min_lr_ratio", 1.5), ("optim.betas", [0.9, 1.0]), ("optim.betas", [0.9]),
+    ("optim.eps", 0.0), ("optim.weight_decay", -0.1), ("optim.clip_norm", -1.0),
+    ("nesting.rule", "some"), ("nesting.draw", "mixed"), ("nesting.loss_weights", [1.0]),
+    ("nesting.loss_weights", [1.0, -1.0]), ("nesting.distill_weight", -1.0), ("nesting.distill_temperature", 0.0),
+    ("nesting.rule", "sandwich"),
+    ("parallel.tensor", 0), ("parallel.tensor", 3), ("parallel.zero_stage", 0), ("parallel.zero_stage", 4),
+    ("checkpoint.every_steps", -1), ("checkpoint.keep_last", 0),
+    ("logging.every_steps", 0), ("logging.eval_every_steps", -1), ("logging.eval_sequences", 0),
+    ("logging.wandb", "maybe"), ("logging.peak_tflops", -1.0),
+    ("precision", "fp16"),
+]  # fmt: skip
+
+
+def base() -> dict[str, Any]:
+    return {
+        "run_dir": "runs/test",
+        "model": {"n_layers": 2, "d_model": 32, "headdim": 4, "widths": [16, 8], "vocab_size": 64},
+        "data": {"path": "shards", "seq_len": 32, "tokens_per_step": 256},
+        "optim": {"lr": 1e-3, "steps": 50, "warmup_steps": 5},
+    }
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    raw = base()
+    *sections, name = key.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[name] = value
+    return raw
+
+
+def test_base_is_valid() -> None:
+    config_from_dict(base())
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=str)
+def test_bad_value_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=key.rpartition(".")[-1]):
+        config_from_dict(changed(key, value))
+
+
+def test_distillation_needs_shared_draws_and_a_student() -> None:
+    raw = changed("nesting", {"distill_weight": 1.0, "draw": "separate"})
+    with pytest.raises(ConfigError, match=r"nesting\.draw=shared"):
+        config_from_dict(raw)
+    raw = changed("nesting.distill_weight", 1.0)
+    raw["model"]["widths"] = [16]
+    with pytest.raises(ConfigError, match="narrower width"):
+        config_from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.lrr", 1.0, r"optim\.lrr: did you mean optim\.lr"),
+        ("data.micro_bacth", 1, r"did you mean data\.micro_batch"),
+        ("optimizer", {}, "did you mean optim"),
+        ("data.zzz", 1, "known keys: path"),
+        ("optim.steps", "many", r"optim\.steps='many': must be int"),
+        ("optim.steps", 1.5, r"optim\.steps=1\.5"),
+        ("optim.steps", True, r"optim\.steps=True"),
+        ("optim.lr", "fast", r"optim\.lr='fast': must be a number"),
+        ("model.widths", 16, r"model\.widths=16: must be a list"),
+        ("model.widths", [16, "x"], r"model\.widths\[1\]"),
+        ("data", "shards", "data: must be a mapping"),
+        ("deterministic", 1, "deterministic=1: must be bool"),
+    ],
+)
+def test_loader_names_key_and_way_out(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(changed(key, value))
+
+
+def test_missing_keys_are_all_named() -> None:
+    raw = base()
+    del raw["optim"]["lr"], raw["optim"]["steps"]
+    with pytest.raises(ConfigError, match=r"optim\.lr, optim\.steps: required"):
+        config_from_dict(raw)
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert config_from_dict(changed("optim.lr", "6e-4")).optim.lr == 6e-4  # YAML 1.1 reads 6e-4 as a string
+    assert config_from_dict(changed("optim.lr", 1)).optim.lr == 1.0
+    assert config_from_dict(changed("optim.steps", 100.0)).optim.steps == 100
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(base()))
+    cfg = load_config(path, ["optim.lr=3e-4", "model.widths=[16,4]", "parallel.tensor=2", "data.tokenizer="])
+    assert (cfg.optim.lr, cfg.model.widths, cfg.parallel.tensor, cfg.data.tokenizer) == (3e-4, (16, 4), 2, "")
+    for bad in ("optim.lr", "=3", "optim.lr.x=3", "model.widths=[16"):
+        with pytest.raises(ConfigError, match="override"):
+            load_config(path, [bad])
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "", "\x00"])
+def test_unreadable_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_written_config_reads_back_equal(tmp_path: Path) -> None:
+    cfg = config_from_dict(changed("nesting.loss_weights", [0.75, 0.25]))
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(cfg))
+    assert load_config(path) == cfg
+
+
+def test_accumulation_follows_from_tokens_and_ranks() -> None:
+    cfg = config_from_dict(changed("parallel.tensor", 2))
+    assert cfg.grad_accum_steps(4) == 4  # 256 / 32 = 8 sequences over 2 replicas
+    with pytest.raises(ConfigError, match="not a multiple"):
+        cfg.grad_accum_steps(3)
+    with pytest.raises(ConfigError, match="not a multiple"):
+        cfg.grad_accum_steps(6)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_config_loads_and_divides(path: Path) -> None:
+    cfg = load_config(path)
+    assert len(cfg.model.widths) == 4
+    assert cfg.grad_accum_steps(2) >= 1

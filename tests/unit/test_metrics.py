@@ -1,0 +1,161 @@
+"""Records, peaks, progress lines, the picture and the doctor."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import doctor
+from pretrain.config import RunConfig
+from pretrain.config_io import config_from_dict
+from pretrain.hardware import memory_gib, peak_tflops
+from pretrain.metrics import MetricsWriter, read_metrics
+from pretrain.plot import plot_losses
+from pretrain.progress import TrainingProgress
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> RunConfig:
+    return config_from_dict(
+        {
+            "run_dir": str(tmp_path),
+            "model": {"n_layers": 1, "d_model": 32, "headdim": 4, "widths": [16, 8], "vocab_size": 64},
+            "data": {"path": "shards", "seq_len": 32, "tokens_per_step": 256},
+            "optim": {"lr": 1e-3, "steps": 50, "warmup_steps": 5},
+        }
+    )
+
+
+def write_steps(cfg: RunConfig, start: int, steps: range) -> None:
+    writer = MetricsWriter(cfg, start_step=start, enabled=True)
+    for step in steps:
+        writer.write("train", {"step": step, "tokens": 256 * step, "loss": {"1": 4.0 - step / 10, "1/2": 4.5}})
+    writer.write("eval", {"step": steps[-1], "tokens": 256 * steps[-1], "loss": {"1": 3.0, "1/2": 3.5}})
+    writer.close()
+
+
+def test_a_resumed_curve_has_one_value_a_step(cfg: RunConfig, tmp_path: Path) -> None:
+    write_steps(cfg, 0, range(1, 6))
+    write_steps(cfg, 3, range(4, 8))
+    train = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
+    assert train == [1, 2, 3, 4, 5, 6, 7]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(cfg: RunConfig, tmp_path: Path) -> None:
+    write_steps(cfg, 0, range(1, 3))
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as f:
+        f.write('{"kind": "train", "st')
+    write_steps(cfg, 2, range(3, 4))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2, 3, 3]
+
+
+def test_other_ranks_write_nothing(cfg: RunConfig, tmp_path: Path) -> None:
+    writer = MetricsWriter(cfg, start_step=0, enabled=False)
+    writer.write("train", {"step": 1})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_gets_flat_records_under_a_kept_run_id(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    calls: list[dict[str, Any]] = []
+    logged: list[tuple[dict[str, Any], int]] = []
+
+    class FakeRun:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            logged.append((values, step))
+
+        def finish(self) -> None:
+            pass
+
+    def fake_init(**kwargs: Any) -> FakeRun:
+        calls.append(kwargs)
+        return FakeRun()
+
+    monkeypatch.setattr(wandb, "init", fake_init)
+    offline = replace(cfg, logging=replace(cfg.logging, wandb="offline"))
+    (tmp_path / "wandb_id").write_text("abc12345")
+    write_steps(offline, 0, range(1, 2))
+    assert (calls[0]["id"], calls[0]["resume"], calls[0]["mode"]) == ("abc12345", "allow", "offline")
+    assert logged[0] == ({"train/tokens": 256, "train/loss_1": 3.9, "train/loss_1/2": 4.5}, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "peak"),
+    [
+        ("NVIDIA H200", 0.0, 989.0),
+        ("NVIDIA H100 PCIe", 0.0, 756.0),
+        ("NVIDIA H100 80GB HBM3", 0.0, 989.0),
+        ("NVIDIA A100-SXM4-80GB", 0.0, 312.0),
+        ("NVIDIA A10", 0.0, 125.0),
+        ("NVIDIA L40S", 0.0, 362.0),
+        ("NVIDIA H200", 700.0, 700.0),
+        ("NVIDIA L40", 0.0, None),  # not an L4
+        ("NVIDIA RTX A1000", 0.0, None),  # not an A100
+        ("Unheard-of GPU", 0.0, None),
+        (None, 0.0, None),
+    ],
+)
+def test_peak_is_known_stated_or_absent(name: str | None, stated: float, peak: float | None) -> None:
+    found, source = peak_tflops(name, stated)
+    assert found == peak
+    assert source
+
+
+def test_memory_is_positive() -> None:
+    assert memory_gib(torch.device("cpu")) > 0
+
+
+def test_plain_lines_in_a_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    record = {
+        "step": 5, "loss": {"1": 3.25, "1/2": 3.5}, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1234.0,
+        "tflops_per_device": 0.01, "mfu": None, "memory_gib": 1.0, "eta_s": 3700.0,
+    }  # fmt: skip
+    with caplog.at_level(logging.INFO), TrainingProgress(start_step=0, n_steps=10, enabled=True) as progress:
+        progress.show("train", record)
+        progress.show("eval", {"step": 5, "loss": {"1": 3.0}})
+        progress.show("event", {"step": 5, "event": "saved"})
+    text = caplog.text
+    assert "step 5/10" in text
+    assert "[1/2] 3.5000" in text
+    assert "1h01m left" in text
+    assert "MFU" not in text
+    assert "validation" in text
+
+
+def test_plot_draws_a_png_and_refuses_an_empty_run(cfg: RunConfig, tmp_path: Path) -> None:
+    write_steps(cfg, 0, range(1, 4))
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no training record"):
+        plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
+
+
+def test_doctor_fails_on_a_missing_requirement(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(doctor, "REQUIRED", {"no-such-distribution": "no_such_module"})
+    monkeypatch.setattr(doctor, "OPTIONAL", {})
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert "missing no-such-distribution" in out
+    assert "-> make setup" in out
+
+
+def test_doctor_survives_what_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libsomething.so: cannot open shared object file")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    checks, healthy = doctor.report()
+    assert not healthy
+    assert any("libsomething.so" in check.detail and check.mend for check in checks)
