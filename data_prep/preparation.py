@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -89,7 +90,9 @@ class Preparation:
 
     def run(self) -> int:
         """Do what is left to do. Returns the exit status."""
-        tokenizer = open_tokenizer(self.settings.tokenizer, self.settings.eos_token)
+        tokenizer = open_tokenizer(
+            self.settings.tokenizer, self.settings.eos_token, reference=self.settings.reference_encoder
+        )
         mine = self.sources[self.rank :: self.world_size]
         fingerprint = self._fingerprint(tokenizer, mine)
         if (self.output / MANIFEST_NAME).is_file():
@@ -97,6 +100,7 @@ class Preparation:
             _check_settings(self.output, made_with, fingerprint)
             return _already_finished(self.output)
         self.output.mkdir(parents=True, exist_ok=True)
+        print(f"{tokenizer.name}: encoding with {tokenizer.encoder}; {self.n_workers} workers", file=sys.stderr)
         with _locked(self.output, self.part):
             return self._run(self._layout(tokenizer), mine, fingerprint)
 
@@ -136,6 +140,7 @@ class Preparation:
             "world_size": self.world_size,
             "sources": [[source.path, source.n_bytes] for source in mine],
         }
+        del plain["reference_encoder"]  # decides the speed, not the bytes
         plain_copy: dict[str, Any] = json.loads(json.dumps(plain))  # tuples become lists, as after a resume
         return plain_copy
 
