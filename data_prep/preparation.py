@@ -27,7 +27,15 @@ from data_prep.corpus_io import Chunk, Source, chunks
 from data_prep.encode_worker import EncodedChunk, EncodeSettings, encode_in_order
 from data_prep.progress import Progress
 from data_prep.shard_schema import MANIFEST_NAME, SPLITS, Manifest, read_manifest
-from data_prep.shard_writer import ShardLayout, SplitState, SplitWriter, shards_in, write_atomic, write_index
+from data_prep.shard_writer import (
+    ASIDE_SUFFIX,
+    ShardLayout,
+    SplitState,
+    SplitWriter,
+    shards_in,
+    write_atomic,
+    write_index,
+)
 from data_prep.tokenizers_io import TextTokenizer, open_tokenizer
 
 PROGRESS_FOLDER = ".progress"
@@ -311,6 +319,8 @@ def merge_parts(output: Path) -> int:
     finished = {name: journal for name, journal in journals.items() if journal is not None}
     _check_same(output, finished)
     for split in SPLITS:
+        for aside in (output / split).rglob(f".*{ASIDE_SUFFIX}"):  # a kill may have come while one was written
+            aside.unlink()
         shards: list[dict[str, Any]] = []
         for name, journal in finished.items():
             assert journal.splits is not None, "a finished journal has its splits"
