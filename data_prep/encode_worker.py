@@ -36,6 +36,8 @@ class EncodeSettings:
     filters: Filters = field(default_factory=Filters)
     val_fraction: float = 0.0
     """Share of documents that go to val, by hash of their text: the same ones whatever else changes."""
+    reference_encoder: bool = False
+    """Keep to the tokenizers library where a faster encoder gives the same ids (so no part of the fingerprint)."""
     max_document_bytes: int = 16 << 20
     """Longer documents are skipped, as too_long: encoding one takes some 100 times its size in memory."""
 
@@ -62,7 +64,9 @@ class Encoder:
     def __init__(self, settings: EncodeSettings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is the unit of parallelism here
         self._settings = settings
-        self.tokenizer: TextTokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
+        self.tokenizer: TextTokenizer = open_tokenizer(
+            settings.tokenizer, settings.eos_token, reference=settings.reference_encoder
+        )
         self._dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
 
     def encode(self, chunk: Chunk) -> EncodedChunk:

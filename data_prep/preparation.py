@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +27,15 @@ from data_prep.corpus_io import Chunk, Source, chunks
 from data_prep.encode_worker import EncodedChunk, EncodeSettings, encode_in_order
 from data_prep.progress import Progress
 from data_prep.shard_schema import MANIFEST_NAME, SPLITS, Manifest, read_manifest
-from data_prep.shard_writer import ShardLayout, SplitState, SplitWriter, shards_in, write_atomic, write_index
+from data_prep.shard_writer import (
+    ASIDE_SUFFIX,
+    ShardLayout,
+    SplitState,
+    SplitWriter,
+    shards_in,
+    write_atomic,
+    write_index,
+)
 from data_prep.tokenizers_io import TextTokenizer, open_tokenizer
 
 PROGRESS_FOLDER = ".progress"
@@ -89,7 +98,9 @@ class Preparation:
 
     def run(self) -> int:
         """Do what is left to do. Returns the exit status."""
-        tokenizer = open_tokenizer(self.settings.tokenizer, self.settings.eos_token)
+        tokenizer = open_tokenizer(
+            self.settings.tokenizer, self.settings.eos_token, reference=self.settings.reference_encoder
+        )
         mine = self.sources[self.rank :: self.world_size]
         fingerprint = self._fingerprint(tokenizer, mine)
         if (self.output / MANIFEST_NAME).is_file():
@@ -97,6 +108,7 @@ class Preparation:
             _check_settings(self.output, made_with, fingerprint)
             return _already_finished(self.output)
         self.output.mkdir(parents=True, exist_ok=True)
+        print(f"{tokenizer.name}: encoding with {tokenizer.encoder}; {self.n_workers} workers", file=sys.stderr)
         with _locked(self.output, self.part):
             return self._run(self._layout(tokenizer), mine, fingerprint)
 
@@ -136,6 +148,7 @@ class Preparation:
             "world_size": self.world_size,
             "sources": [[source.path, source.n_bytes] for source in mine],
         }
+        del plain["reference_encoder"]  # decides the speed, not the bytes
         plain_copy: dict[str, Any] = json.loads(json.dumps(plain))  # tuples become lists, as after a resume
         return plain_copy
 
@@ -306,6 +319,8 @@ def merge_parts(output: Path) -> int:
     finished = {name: journal for name, journal in journals.items() if journal is not None}
     _check_same(output, finished)
     for split in SPLITS:
+        for aside in (output / split).rglob(f".*{ASIDE_SUFFIX}"):  # a kill may have come while one was written
+            aside.unlink()
         shards: list[dict[str, Any]] = []
         for name, journal in finished.items():
             assert journal.splits is not None, "a finished journal has its splits"

@@ -20,17 +20,23 @@ from numpy.typing import NDArray
 
 from data_prep.shard_schema import INDEX_NAME, SHARD_HASH, mds_columns, token_dtype
 
+ASIDE_SUFFIX = ".tmp"
+
 Ids = NDArray[np.unsignedinteger]
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """`data` as the file `path`: written aside, synced, renamed, so that a file under its name is always whole."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}{ASIDE_SUFFIX}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -55,6 +55,7 @@ def _preparation(args: argparse.Namespace) -> Preparation:
         text_column=args.text_column,
         filters=filters,
         val_fraction=args.val_fraction,
+        reference_encoder=args.encoder == "reference",
         max_document_bytes=args.max_document_mb << 20,
     )
     return Preparation(
@@ -109,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--tokenizer", default="", help="tokenizer.json, sentencepiece .model, or tiktoken:ENCODING")
     how.add_argument("--eos-token", default="", help="the token that ends a document, where the tokenizer does not say")
+    how.add_argument(
+        "--encoder",
+        choices=("auto", "reference"),
+        default="auto",
+        help="auto: the fastest that gives the tokenizers library's ids; reference: that library itself",
+    )
     how.add_argument("--val-fraction", type=float, default=0.001, help="share of documents, by hash, that go to val")
     how.add_argument("--row-tokens", type=int, default=8192, help="tokens in a row; data.seq_len must divide it")
     how.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="size of a shard before compression")

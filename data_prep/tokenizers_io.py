@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep import fast_bpe
 from data_prep.shard_schema import file_sha256, token_dtype
 
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
@@ -40,6 +41,8 @@ class TextTokenizer(Protocol):
     """Id that ends a document."""
     lossless: bool
     """Whether decoding an encoded text gives back exactly its bytes."""
+    encoder: str
+    """Which library makes the ids, for people."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, in the narrowest dtype for the vocabulary."""
@@ -48,8 +51,10 @@ class TextTokenizer(Protocol):
         """The text of `ids`."""
 
 
-def open_tokenizer(spec: str, eos_token: str = "") -> TextTokenizer:
+def open_tokenizer(spec: str, eos_token: str = "", *, reference: bool = False) -> TextTokenizer:
     """The tokenizer that `spec` names: FILE.json, FILE.model, or `tiktoken:ENCODING`.
+
+    `reference` keeps a tokenizer.json on the `tokenizers` library where data_prep.fast_bpe would give the same ids.
 
     Raises FileNotFoundError where there is no such file, ValueError where it is no tokenizer or names no end of text.
     """
@@ -61,7 +66,7 @@ def open_tokenizer(spec: str, eos_token: str = "") -> TextTokenizer:
             f"tokenizer {spec}: no such file. Name a tokenizer.json, a sentencepiece .model, or tiktoken:ENCODING"
         )
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, eos_token)
+        return HuggingFaceTokenizer(path, eos_token, reference=reference)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path, eos_token)
     raise ValueError(f"tokenizer {spec}: unknown kind {path.suffix!r}. Use .json, .model, or tiktoken:ENCODING")
@@ -70,7 +75,7 @@ def open_tokenizer(spec: str, eos_token: str = "") -> TextTokenizer:
 class HuggingFaceTokenizer:
     """A `tokenizer.json` of the `tokenizers` library."""
 
-    def __init__(self, path: Path, eos_token: str = "") -> None:
+    def __init__(self, path: Path, eos_token: str = "", *, reference: bool = False) -> None:
         from tokenizers import Tokenizer
 
         try:
@@ -87,8 +92,15 @@ class HuggingFaceTokenizer:
         self.eos_id = _find_eos(vocab, eos_token, str(path))
         self.lossless = self._tokenizer.normalizer is None and _is_byte_level(self._tokenizer.pre_tokenizer)
         self._dtype = np.dtype(token_dtype(self.vocab_size))
+        self._fast = None
+        raw = None if reference else fast_bpe.supported(path)
+        if raw is not None:
+            self._fast = fast_bpe.FastByteLevelBpe(raw, self._tokenizer, self._dtype)
+        self.encoder = "tokenizers" if self._fast is None else "tiktoken, equal to tokenizers"
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        if self._fast is not None:
+            return self._fast.encode_batch(texts)
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self._dtype) for encoding in encodings]
 
@@ -99,6 +111,8 @@ class HuggingFaceTokenizer:
 
 class SentencePieceTokenizer:
     """A sentencepiece `.model`. Control symbols such as </s> are never parsed out of text."""
+
+    encoder = "sentencepiece"
 
     def __init__(self, path: Path, eos_token: str = "") -> None:
         from sentencepiece import SentencePieceProcessor
@@ -138,6 +152,7 @@ class TiktokenTokenizer:
     """A tiktoken encoding; `tiktoken` is an optional extra, and `named` may fetch the ranks over the network."""
 
     lossless = True
+    encoder = "tiktoken"
 
     def __init__(self, encoding: Any, eos_token: str = "") -> None:
         self._encoding = encoding

@@ -1,15 +1,15 @@
-"""Train a sentencepiece tokenizer on a sample of the text that will be tokenized.
+"""A sentencepiece tokenizer from a sample of the same inputs that tokenize_fineweb.py reads.
 
     python data_prep/train_tokenizer.py --input 'fineweb/*.parquet' --vocab-size 32000 --output tokenizer.model
 
-Byte fallback is on and no normalisation is done, so every text survives encoding and decoding byte for byte. Id 0 is
-<unk>, never used thanks to byte fallback; id 1 is </s>, which ends every document.
+Set up to give every text back: no normalisation, no dummy prefix, white space kept, bytes for what has no piece.
+One character is the exception that sentencepiece makes: U+2581, its own sign for a space, comes back as a space.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import io
 import os
 import sys
 from collections import Counter
@@ -20,106 +20,101 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import sentencepiece
-
 from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
+from data_prep.shard_writer import write_atomic
 
-MIN_VOCAB = 256 + 2
-"""256 bytes, <unk> and </s>."""
+MAX_LINE_BYTES = 16384
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for what the user can mend."""
     args = _parser().parse_args(argv)
     try:
-        n_documents = train(args)
-    except (InputError, ValueError, OSError, RuntimeError) as error:  # sentencepiece raises the last two
+        sources = find_sources(args.input, args.hub_config)
+        model = train(
+            sample_lines(sources, args.text_column, int(args.sample_mb * 1e6)),
+            vocab_size=args.vocab_size,
+            model_type=args.model_type,
+            n_threads=args.threads,
+        )
+        output = Path(args.output)
+        if output.suffix != ".model":
+            raise ValueError(f"--output {output}: must end in .model, by which tokenize_fineweb.py knows its kind")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(output, model)
+    except (InputError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: {args.vocab_size} pieces from {n_documents} documents")
+    print(f"{output}: {args.model_type}, {args.vocab_size} pieces, {len(model):,} bytes")
     return 0
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train and write the model, whole or not at all; returns how many documents it learnt from."""
-    if args.vocab_size <= MIN_VOCAB:
-        raise ValueError(
-            f"--vocab-size {args.vocab_size}: must be above {MIN_VOCAB}, the 256 bytes and two special tokens"
-        )
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sources = find_sources(args.input)
-    budget = _Budget(int(args.sample_mb * 1e6))
-    texts = budget.take(_texts(sources, args.text_column))
-    first = next(texts, None)
+def sample_lines(sources: list[Source], text_column: str, n_bytes: int) -> Iterator[str]:
+    """Lines of the first documents of every source, an equal share of `n_bytes` from each."""
+    skipped: Counter[str] = Counter()
+    for number, source in enumerate(sources):
+        left = -(-n_bytes // len(sources))
+        for chunk in chunks(number, source, [text_column], Filters()):
+            if left <= 0 or chunk.payload is None:
+                break
+            for text in documents(chunk, text_column, Filters(), skipped):
+                left -= len(text.encode())
+                yield from (line for line in text.split("\n") if line and len(line.encode()) <= MAX_LINE_BYTES)
+                if left <= 0:
+                    break
+
+
+def train(lines: Iterator[str], *, vocab_size: int, model_type: str, n_threads: int) -> bytes:
+    """The serialised model. Raises ValueError where the sample cannot give so many pieces."""
+    import sentencepiece
+
+    first = next(lines, None)
     if first is None:
-        raise InputError(f"no text in {', '.join(args.input)}: is --text-column {args.text_column} right?")
-    temporary = output.with_name(f".{output.name}.writing")
-    with temporary.open("wb") as writer:
+        raise ValueError("no text to train on: is --text-column right?")
+
+    def all_lines() -> Iterator[str]:
+        yield first
+        yield from lines
+
+    model = io.BytesIO()
+    try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], texts),
-            model_writer=writer,
-            model_type=args.model_type,
-            vocab_size=args.vocab_size,
+            sentence_iterator=all_lines(),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
             byte_fallback=True,
-            character_coverage=0.9995,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=1 << 20,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=MAX_LINE_BYTES,
+            user_defined_symbols=["\n"],  # lines are trained on one by one, so no piece would hold it
             unk_id=0,
-            eos_id=1,
             bos_id=-1,
+            eos_id=1,
             pad_id=-1,
-            num_threads=os.cpu_count() or 1,
+            num_threads=n_threads,
             minloglevel=2,
         )
-        writer.flush()
-        os.fsync(writer.fileno())
-    temporary.rename(output)
-    return budget.n_documents
-
-
-class _Budget:
-    """Passes documents on, line by line, until their UTF-8 bytes are used up."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self._left = n_bytes
-        self.n_documents = 0
-
-    def take(self, texts: Iterator[str]) -> Iterator[str]:
-        """Lines of the texts, newlines kept: pieces then learn them, and long documents stay under the line limit."""
-        for text in texts:
-            if self._left <= 0:
-                return
-            self.n_documents += 1
-            self._left -= len(text.encode())
-            yield from text.splitlines(keepends=True)
-
-
-def _texts(sources: Sequence[Source], text_column: str) -> Iterator[str]:
-    """Documents of all sources, a chunk of each in turn, so that a sample is not the first file alone."""
-    skipped: Counter[str] = Counter()
-    streams = [chunks(i, source, [text_column], Filters()) for i, source in enumerate(sources)]
-    while streams:
-        for stream in list(streams):
-            chunk = next(stream, None)
-            if chunk is None:
-                streams.remove(stream)
-            elif chunk.payload is not None:
-                yield from documents(chunk, text_column, Filters(), skipped)
+    except RuntimeError as error:
+        raise ValueError(f"sentencepiece cannot make {vocab_size} pieces of this sample: {error}") from None
+    return model.getvalue()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a sentencepiece tokenizer with byte fallback.")
-    parser.add_argument("--input", nargs="+", required=True, help="files, globs or folders of parquet or JSON lines")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, help="files, globs, folders, or OWNER/NAME on the hub")
+    parser.add_argument("--hub-config", default="", help="hub configuration, as for tokenize_fineweb.py")
     parser.add_argument("--text-column", default="text", help="column or key that holds the text")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, the 256 bytes included")
-    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
-    parser.add_argument("--sample-mb", type=float, default=200.0, help="about how much text to learn from")
-    parser.add_argument("--output", required=True, help="the .model file to write")
+    parser.add_argument("--output", required=True, metavar="FILE.model", help="where the model goes")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces, the 256 bytes included")
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="kind of model")
+    parser.add_argument("--sample-mb", type=float, default=200.0, help="text to train on")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="training threads")
     return parser
 
 

@@ -1,0 +1,382 @@
+"""The preparation from files to shards: what is written, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from streaming import MDSWriter
+
+from data_prep import corpus_io, export_llmc, shard_writer, tokenize_fineweb, verify_shards
+from data_prep.corpus_io import Filters, InputError, Source, chunks, documents
+from data_prep.encode_worker import in_val
+from data_prep.shard_reader import part_tokens, read_shard, split_parts
+from data_prep.shard_schema import mds_columns, read_manifest
+from data_prep.shard_writer import ShardLayout
+from data_prep.tokenizers_io import open_tokenizer
+from tests.unit import corpus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokenizer.json, a.parquet and b.jsonl with 60 documents each."""
+    folder = tmp_path_factory.mktemp("inputs")
+    corpus.byte_level_tokenizer(folder)
+    corpus.write_parquet(folder / "a.parquet", list(corpus.texts(60, seed=1)))
+    corpus.write_jsonl(folder / "b.jsonl", list(corpus.texts(60, seed=2)))
+    return folder
+
+
+def prepare(folder: Path, output: Path, *more: str, inputs: tuple[str, ...] = ("a.parquet", "b.jsonl")) -> int:
+    arguments = ["--input", *(str(folder / name) for name in inputs), "--tokenizer", str(folder / "tokenizer.json")]
+    arguments += ["--output", str(output), "--row-tokens", "64", "--shard-bytes", "1300", "--workers", "1"]
+    return tokenize_fineweb.main([*arguments, "--val-fraction", "0.2", *more])
+
+
+def tokens(output: Path, split: str) -> list[int]:
+    manifest = read_manifest(output)
+    parts = split_parts(output, manifest, split)
+    return [i for part in parts for ids in part_tokens(output, part, manifest, split) for i in ids.tolist()]
+
+
+def test_every_document_is_there_in_order_ended_by_eos(folder: Path, tmp_path: Path) -> None:
+    assert prepare(folder, tmp_path / "out") == 0
+    tokenizer = open_tokenizer(str(folder / "tokenizer.json"), reference=True)
+    expected: dict[str, list[int]] = {"train": [], "val": []}
+    counts: Counter[str] = Counter()
+    texts = corpus.texts(60, seed=1) + corpus.texts(60, seed=2)
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        split = "val" if in_val(text.encode(), 0.2) else "train"
+        expected[split] += [*ids.tolist(), tokenizer.eos_id]
+        counts[split] += 1
+    for split in ("train", "val"):
+        assert tokens(tmp_path / "out", split) == expected[split]
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.n_documents == dict(counts)
+    assert manifest.n_tokens == {split: len(ids) for split, ids in expected.items()}
+    assert not (tmp_path / "out" / ".progress").exists()
+    assert verify_shards.main([str(tmp_path / "out")]) == 0
+
+
+def test_a_shard_is_what_streaming_writes(tmp_path: Path) -> None:
+    layout = ShardLayout(vocab_size=300, eos_id=0, row_tokens=8, shard_rows=3)
+    ids = np.arange(25, dtype=np.uint16)
+    with MDSWriter(out=str(tmp_path), columns=mds_columns(300, 8), hashes=["sha256"], size_limit=None) as writer:
+        for row in range(3):
+            writer.write({"tokens": ids[row * 8 : row * 8 + 9]})
+    assert layout.shard_bytes(ids) == (tmp_path / "shard.00000.mds").read_bytes()
+    (entry,) = json.loads((tmp_path / "index.json").read_text())["shards"]
+    assert {k: v for k, v in entry.items() if k not in ("raw_data", "zip_data", "samples")} == layout.mds_config()
+
+
+@pytest.mark.parametrize("compression", ["", "zstd:3"])
+def test_workers_do_not_change_a_byte(folder: Path, tmp_path: Path, compression: str) -> None:
+    assert prepare(folder, tmp_path / "one", "--compression", compression) == 0
+    assert prepare(folder, tmp_path / "two", "--compression", compression, "--workers", "2") == 0
+    assert corpus.tree(tmp_path / "one") == corpus.tree(tmp_path / "two")
+    assert verify_shards.main([str(tmp_path / "one")]) == 0
+
+
+def test_a_finished_job_does_nothing_and_other_settings_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(folder, tmp_path / "out") == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    assert prepare(folder, tmp_path / "out") == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+    assert "nothing to do" in capsys.readouterr().out
+    assert prepare(folder, tmp_path / "out", "--max-tokens", "50") == 2
+    assert "max_tokens: 0 there, 50 asked" in capsys.readouterr().err
+
+
+def test_an_array_of_jobs_is_merged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out, "--world-size", "2", "--rank", "1") == 0
+    assert tokenize_fineweb.main(["--merge", "--output", str(out)]) == 2
+    assert "part-00000-of-00002 not finished" in capsys.readouterr().err
+    assert prepare(folder, out, "--world-size", "2", "--rank", "0") == 0
+    assert tokenize_fineweb.main(["--merge", "--output", str(out)]) == 0
+    assert prepare(folder, tmp_path / "whole") == 0
+    for split in ("train", "val"):
+        assert tokens(out, split) == tokens(tmp_path / "whole", split)
+    assert verify_shards.main([str(out)]) == 0
+    assert prepare(folder, out, "--world-size", "2", "--rank", "0") == 0
+    assert prepare(folder, out, "--world-size", "3", "--rank", "0") == 2
+
+
+def test_slurm_says_rank_and_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TASK_ID", "7"), ("TASK_MIN", "4"), ("TASK_COUNT", "5")):
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
+    args = tokenize_fineweb._parser().parse_args(["--output", "x"])
+    assert (args.rank, args.world_size) == (3, 5)
+
+
+def test_max_tokens_ends_with_a_whole_document(folder: Path, tmp_path: Path) -> None:
+    assert prepare(folder, tmp_path / "out", "--max-tokens", "1000", "--val-fraction", "0") == 0
+    ids = tokens(tmp_path / "out", "train")
+    eos = read_manifest(tmp_path / "out").eos_id
+    assert len(ids) >= 1000
+    assert ids[-1] == eos
+    assert len(ids) - 1 - max(i for i, token in enumerate(ids[:-1]) if token == eos) < 1000 or eos not in ids[999:-1]
+
+
+def test_filters(tmp_path: Path) -> None:
+    path = corpus.write_parquet(
+        tmp_path / "f.parquet",
+        ["a", "b", "c", "d", "e"],
+        language=["en", "de", "en", "en", None],
+        language_score=[0.9, 0.9, 0.5, 0.8, 0.9],
+        dump=["X", "X", "X", "Y", "X"],
+    )
+    skipped: Counter[str] = Counter()
+    filters = Filters(language="en", min_language_score=0.6, dumps=("X",))
+    columns = ["text", *filters.columns()]
+    found = chunks(0, Source(str(path), 1), columns, filters)
+    kept = [t for chunk in found if chunk.payload is not None for t in documents(chunk, "text", filters, skipped)]
+    assert kept == ["a"]
+    assert skipped == {"filtered": 4}
+
+
+def test_what_cannot_be_a_document_is_counted(folder: Path, tmp_path: Path) -> None:
+    hostile: list[Any] = [
+        "kept",
+        "",
+        b'{"text": "\xff\xfe"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": 5}',
+        b'{"other": "x"}',
+        b"[1, 2]",
+        b'{"text": "cut sho',
+        b"   ",
+        "x" * (2 << 20),
+        "nul \x00 kept, <|endoftext|> too",
+    ]
+    corpus.write_jsonl(tmp_path / "h.jsonl", hostile)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    arguments = ("--max-document-mb", "1", "--val-fraction", "0")
+    assert prepare(tmp_path, tmp_path / "out", *arguments, inputs=("h.jsonl",)) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.extra["skipped"] == {"empty": 1, "invalid_utf8": 2, "malformed": 2, "no_text": 2, "too_long": 1}
+    assert manifest.n_documents["train"] == 2
+
+
+def test_invalid_utf8_in_parquet_costs_one_document(folder: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    binary = pa.array([b"good", b"\xff\xfe bad", None, b"fine"], pa.binary())
+    pq.write_table(pa.table({"text": binary.view(pa.string())}), tmp_path / "u.parquet")
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert prepare(tmp_path, tmp_path / "out", "--val-fraction", "0", inputs=("u.parquet",)) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.extra["skipped"] == {"invalid_utf8": 1, "no_text": 1}
+    assert manifest.n_documents["train"] == 2
+
+
+def test_compressed_lines_are_read_and_cut_ones_refused(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="needs the optional extra [data]: zstandard")
+    plain = corpus.write_jsonl(tmp_path / "p.jsonl", list(corpus.texts(50))).read_bytes()
+    half = len(plain) // 2
+    compressor = zstandard.ZstdCompressor()
+    packed = {
+        "x.jsonl.gz": gzip.compress(plain),
+        "x.jsonl.zst": compressor.compress(plain[:half]) + compressor.compress(plain[half:]),
+    }
+    for name, data in packed.items():
+        (tmp_path / name).write_bytes(data)
+        found = chunks(0, Source(str(tmp_path / name), len(data)), ["text"], Filters())
+        skipped: Counter[str] = Counter()
+        texts = [t for c in found if c.payload is not None for t in documents(c, "text", Filters(), skipped)]
+        assert texts == corpus.texts(50)
+        (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
+        with pytest.raises(InputError, match=f"{name}: cannot be read, it is cut short"):
+            list(chunks(0, Source(str(tmp_path / name), len(data)), ["text"], Filters()))
+
+
+def test_blocks_hold_whole_lines_and_resume_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_io, "BLOCK_BYTES", 100)
+    path = corpus.write_jsonl(tmp_path / "p.jsonl", list(corpus.texts(20)))
+    source = Source(str(path), path.stat().st_size)
+    whole = list(chunks(0, source, ["text"], Filters()))
+    payloads = [c.payload for c in whole[:-1]]
+    assert b"".join(p for p in payloads if isinstance(p, bytes)) == path.read_bytes()
+    assert all(isinstance(p, bytes) and p.endswith(b"\n") for p in payloads)
+    assert list(chunks(0, source, ["text"], Filters(), skip=3)) == whole[3:]
+
+
+def test_a_large_row_group_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = corpus.write_parquet(tmp_path / "g.parquet", list(corpus.texts(50)), group=50)
+    monkeypatch.setattr(corpus_io, "LARGE_GROUP_BYTES", 10)
+    monkeypatch.setattr(corpus_io, "LARGE_GROUP_DOCUMENTS", 7)
+    found = list(chunks(0, Source(str(path), 1), ["text"], Filters()))
+    assert len(found) == 9
+    texts = [t for c in found if c.payload is not None for t in documents(c, "text", Filters(), Counter())]
+    assert texts == corpus.texts(50)
+
+
+@pytest.mark.parametrize(
+    ("more", "inputs", "message"),
+    [
+        ((), ("none.parquet",), "no such file"),
+        ((), ("tokenizer.json",), "no document was left"),
+        (("--text-column", "body"), ("a.parquet",), "no column 'body'; it has text"),
+        (("--language", "en"), ("a.parquet",), "--language needs a column 'language'"),
+        (("--val-fraction", "1"), ("a.parquet",), "must lie in"),
+        (("--compression", "lz4"), ("a.parquet",), "use zstd"),
+        (("--rank", "3", "--world-size", "2"), ("a.parquet", "b.jsonl"), "--rank 3"),
+        (("--world-size", "2"), ("a.parquet",), "1 input files"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_wrong_commands_end_in_one_line(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    more: tuple[str, ...],
+    inputs: tuple[str, ...],
+    message: str,
+) -> None:
+    assert prepare(folder, tmp_path / "out", *more, inputs=inputs) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_parquet_file_cut_short_is_named_and_resumable(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    data = (folder / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data[: len(data) // 2])
+    assert prepare(tmp_path, tmp_path / "out", inputs=("a.parquet",)) == 2
+    assert "a.parquet: cannot be read, it is cut short or damaged" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_nothing_half_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepare(folder, tmp_path / "whole") == 0
+    real = shard_writer.os.replace
+    n_left = [5]
+
+    def full_after_five(source: Any, target: Any) -> None:
+        n_left[0] -= 1
+        if n_left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(shard_writer.os, "replace", full_after_five)
+    assert prepare(folder, tmp_path / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+    assert prepare(folder, tmp_path / "out") == 0
+    assert corpus.tree(tmp_path / "out") == corpus.tree(tmp_path / "whole")
+
+
+def test_a_file_size_limit_is_an_error_too(folder: Path, tmp_path: Path) -> None:
+    """The kernel refuses the write itself, in a child, so that the limit does not reach the test runner."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+        os._exit(prepare(folder, tmp_path / "out"))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    assert not list((tmp_path / "out").rglob("shard.*"))
+
+
+def test_verification_names_every_damage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    first, second = (out / "train" / f"shard.0000{i}.mds" for i in range(2))
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 255
+    first.write_bytes(bytes(data))
+    second.write_bytes(second.read_bytes()[:-9])
+    (out / "val" / "shard.00000.mds").unlink()
+    picture = tmp_path / "lengths.png"
+    assert verify_shards.main([str(out), "--picture", str(picture)]) == 1
+    problems = capsys.readouterr().out
+    for expected in (
+        "train/shard.00000.mds: the checksum",
+        "train/shard.00001.mds",
+        "val/shard.00000.mds: No such file",
+    ):
+        assert expected in problems
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_verification_finds_wrong_ids_and_counts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    raw = json.loads((out / "manifest.json").read_text())
+    raw["n_documents"]["train"] += 1
+    raw["vocab_size"] = 300
+    (out / "manifest.json").write_text(json.dumps(raw))
+    assert verify_shards.main([str(out)]) == 1
+    assert "is not below vocab_size 300" in capsys.readouterr().out
+    assert verify_shards.main([str(tmp_path)]) == 2
+
+
+def test_llmc_files_hold_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    assert export_llmc.main([str(out), "--output", str(tmp_path / "bin"), "--file-tokens", "1000"]) == 0
+    ids: list[int] = []
+    for path in sorted((tmp_path / "bin").glob("out_train_*.bin")):
+        header = np.fromfile(path, "<i4", 256)
+        body = np.fromfile(path, np.uint16, offset=1024)
+        assert header[:3].tolist() == [20240520, 1, len(body)]
+        ids += body.tolist()
+    expected = tokens(out, "train")
+    assert ids == [expected[-1], *expected[:-1]]
+
+
+def test_shards_read_back(folder: Path, tmp_path: Path) -> None:
+    assert prepare(folder, tmp_path / "out", "--compression", "zstd") == 0
+    manifest = read_manifest(tmp_path / "out")
+    (part,) = split_parts(tmp_path / "out", manifest, "train")
+    rows = read_shard(tmp_path / "out" / "train", part.shards[0], manifest)
+    assert rows.shape[1] == 65
+    assert (rows[1:, 0] == rows[:-1, -1]).all()
+
+
+def test_a_hub_dataset_is_listed_and_streamed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub as a folder: the listing rules and the reading by file object, without the network."""
+
+    class Hub:
+        def find(self, path: str, detail: bool) -> dict[str, dict[str, int]]:
+            assert detail
+            assert path == "datasets/Owner/fineweb/sample/10BT"
+            return {f"{path}/000.parquet": {"size": 10}, f"{path}/readme.md": {"size": 1}}
+
+        def open(self, path: str, mode: str) -> Any:
+            assert path == "datasets/Owner/fineweb/sample/10BT/000.parquet"
+            return open(folder / "a.parquet", mode)
+
+    monkeypatch.setattr(corpus_io, "hub_file_system", Hub)
+    arguments = [
+        "--input",
+        "Owner/fineweb",
+        "--hub-config",
+        "sample-10BT",
+        "--tokenizer",
+        str(folder / "tokenizer.json"),
+    ]
+    arguments += ["--row-tokens", "64", "--workers", "1", "--output", str(tmp_path / "out")]
+    assert tokenize_fineweb.main(arguments) == 0
+    n_documents = read_manifest(tmp_path / "out").n_documents
+    assert sum(n_documents.values()) == 60

@@ -1,0 +1,172 @@
+"""Tokenizers: one interface, exact ids, special tokens in text, round trips."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import fast_bpe, train_tokenizer
+from data_prep.tokenizers_io import TextTokenizer, TiktokenTokenizer, open_tokenizer
+from tests.unit import corpus
+
+NEOX = Path(__file__).resolve().parents[3] / "shared" / "tokenizers" / "gpt_neox_20b.json"
+HARD = [
+    "",
+    " ",
+    "\x00\x00 a\x00b",
+    "<|endoftext|> and </s> <unk> <s>",
+    "  two   three    four     five\n\n\n  \t x",
+    "e\u0301 \u0958 \ufb01 \u2581 \u00a0 \u3000",
+    "\r\n\r\n it's I'LL we'Re 'S",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0e01\u0e33 العربية हिन्दी",
+    "\U000323af\U0001fae9",  # assigned after Unicode 14
+    "1234567890 x²½ Ⅷ",
+]
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus.byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    corpus.write_jsonl(folder / "text.jsonl", list(corpus.texts(300)))
+    output = folder / "t.model"
+    arguments = ["--input", str(folder / "text.jsonl"), "--vocab-size", "420", "--output", str(output)]
+    assert train_tokenizer.main([*arguments, "--threads", "1"]) == 0
+    return output
+
+
+def same_as_reference(fast: TextTokenizer, reference: TextTokenizer, texts: list[str]) -> None:
+    for text, a, b in zip(texts, fast.encode_batch(texts), reference.encode_batch(texts), strict=True):
+        assert np.array_equal(a, b), text
+        assert a.dtype == b.dtype
+
+
+def test_the_fast_encoder_gives_the_reference_ids(byte_level: Path) -> None:
+    pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    fast, reference = open_tokenizer(str(byte_level)), open_tokenizer(str(byte_level), reference=True)
+    assert "tiktoken" in fast.encoder
+    assert reference.encoder == "tokenizers"
+    same_as_reference(fast, reference, HARD + corpus.texts(100, seed=5))
+    runs = [" " * n + tail for n in range(1, 40) for tail in ("", "x", "\n")]
+    same_as_reference(fast, reference, [*runs, " " * 30000, "x" * 30000, "a" + "\n" * 25000 + "b"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from(" \n\t'se"), max_size=60))
+def test_the_fast_encoder_on_any_text(byte_level: Path, text: str) -> None:
+    pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    fast, reference = _both(byte_level)
+    same_as_reference(fast, reference, [text])
+    assert reference.decode(reference.encode_batch([text])[0].tolist()) == unicodedata.normalize("NFC", text)
+
+
+_cached: dict[Path, tuple[TextTokenizer, TextTokenizer]] = {}
+
+
+def _both(path: Path) -> tuple[TextTokenizer, TextTokenizer]:
+    if path not in _cached:
+        _cached[path] = open_tokenizer(str(path)), open_tokenizer(str(path), reference=True)
+    return _cached[path]
+
+
+@pytest.mark.slow
+def test_the_fast_encoder_on_every_code_point() -> None:
+    pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    if not NEOX.is_file():
+        pytest.skip(f"needs {NEOX.name} among the shared tokenizers")
+    fast, reference = open_tokenizer(str(NEOX)), open_tokenizer(str(NEOX), reference=True)
+    points = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cs", "Co")]
+    for at in range(0, len(points), 4096):
+        same_as_reference(fast, reference, [f"a{c} {c}1{c}{c}.\n {c}" for c in points[at : at + 4096]])
+
+
+def test_the_fast_encoder_refuses_what_it_cannot_equal(byte_level: Path, tmp_path: Path) -> None:
+    text = byte_level.read_text(encoding="utf-8")
+    changed = {
+        "normalizer": text.replace('"NFC"', '"NFKC"'),
+        "dropout": text.replace('"dropout":null', '"dropout":0.5').replace('"dropout": null', '"dropout": 0.5'),
+        "prefix": text.replace('"add_prefix_space":false', '"add_prefix_space":true').replace(
+            '"add_prefix_space": false', '"add_prefix_space": true'
+        ),
+    }
+    for name, content in changed.items():
+        assert content != text, name
+        path = tmp_path / f"{name}.json"
+        path.write_text(content, encoding="utf-8")
+        assert fast_bpe.supported(path) is None, name
+
+
+def test_a_difference_from_the_reference_stops_the_run(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    monkeypatch.setattr(fast_bpe, "GPT2_PATTERN", r"\S+|\s+")
+    fast = open_tokenizer(str(byte_level))
+    with pytest.raises(RuntimeError, match="differs from the tokenizers library"):
+        fast.encode_batch(["one two, three don't"])
+
+
+def test_special_tokens_in_text_are_text(byte_level: Path, sentencepiece: Path) -> None:
+    for path in (byte_level, sentencepiece):
+        for reference in (False, True):
+            tokenizer = open_tokenizer(str(path), reference=reference)
+            (ids,) = tokenizer.encode_batch(["a <|endoftext|> b </s> c"])
+            assert tokenizer.eos_id not in ids
+            assert tokenizer.decode(ids.tolist()) == "a <|endoftext|> b </s> c"
+
+
+def test_sentencepiece_gives_every_text_back(sentencepiece: Path) -> None:
+    tokenizer = open_tokenizer(str(sentencepiece))
+    assert tokenizer.lossless
+    assert tokenizer.vocab_size == 420
+    texts = [text.replace("\u2581", "") for text in HARD] + corpus.texts(50, seed=2)
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert tokenizer.decode(ids.tolist()) == text
+    (ids,) = tokenizer.encode_batch(["\u2581"])
+    assert tokenizer.decode(ids.tolist()) == " "  # the one loss, stated in train_tokenizer.py
+
+
+def test_tiktoken_encodings_are_tokenizers() -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    encoding = tiktoken.Encoding(
+        "bytes",
+        pat_str=r"\S+|\s+",
+        mergeable_ranks={bytes([b]): b for b in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+    tokenizer = TiktokenTokenizer(encoding)
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.name) == (257, 256, "tiktoken:bytes")
+    for text, ids in zip(HARD, tokenizer.encode_batch(HARD), strict=True):
+        assert ids.tolist() == list(text.encode())
+        assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_what_is_no_tokenizer_is_refused(byte_level: Path, tmp_path: Path) -> None:
+    for name in ("bad.json", "bad.model", "bad.txt"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"tokenizer .*{name}"):
+            open_tokenizer(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        open_tokenizer(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="not in its vocabulary"):
+        open_tokenizer(str(byte_level), "<nope>")
+    assert open_tokenizer(str(byte_level), "a").eos_id != open_tokenizer(str(byte_level)).eos_id
+
+
+def test_the_shared_tokenizer_is_exact_on_shared_text() -> None:
+    pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    files = sorted((NEOX.parents[1] / "data" / "fineweb_schema").glob("*.parquet"))
+    if not NEOX.is_file() or not files:
+        pytest.skip("needs the shared tokenizer and text; the twin on self-made data ran")
+    import pyarrow.parquet as pq
+
+    texts = pq.read_table(files[0], columns=["text"])["text"].to_pylist()[:150]
+    same_as_reference(open_tokenizer(str(NEOX)), open_tokenizer(str(NEOX), reference=True), texts)
