@@ -25,7 +25,7 @@ from pretrain.train import EXIT_REQUEUE
 FOLDER = Path("demo")
 RUN = FOLDER / "run"
 CONFIG = "configs/lm_tiny.yaml"
-STOP_AFTER_STEP = 80
+STOP_AFTER_STEP = 50
 ROWS = ("--row-tokens", "256", "--val-fraction", "0.05")
 PROMPT = "Return the"
 
