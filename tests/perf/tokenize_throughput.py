@@ -116,26 +116,23 @@ def children(name: str, n_bytes: int, command: list[str], n_tokens: Callable[[],
     return Result(name, n_bytes, n_tokens(), float(cpu), wall, int(peak) / 1024)
 
 
-def ours(name: str, paths: list[str], tokenizer: str, workers: int, folder: Path, *more: str) -> Result:
-    out = folder / name.replace(" ", "-")
-    command = [sys.executable, str(REPOSITORY / "data_prep" / "tokenize_fineweb.py"), "--input", *paths]
-    command += ["--tokenizer", tokenizer, "--output", str(out), "--workers", str(workers), *more]
+def ours(name: str, paths: list[str], n_bytes: int, tokenizer: str, workers: int, *more: str) -> Result:
+    """This project's script on these files."""
+    with tempfile.TemporaryDirectory(prefix="tokenized-") as out:
+        command = [sys.executable, str(REPOSITORY / "data_prep" / "tokenize_fineweb.py"), "--input", *paths]
+        command += ["--tokenizer", tokenizer, "--output", out, "--workers", str(workers), *more]
 
-    def n_tokens() -> int:
-        return sum(json.loads((out / "manifest.json").read_text())["n_tokens"].values())
+        def n_tokens() -> int:
+            return sum(json.loads((Path(out) / "manifest.json").read_text())["n_tokens"].values())
 
-    n_bytes = sum(len(t.encode()) for t in read(paths)) if len(paths) < 3 else TOTAL[0]
-    return children(name, n_bytes, command, n_tokens)
-
-
-TOTAL = [0]
+        return children(name, n_bytes, command, n_tokens)
 
 
 def pool_worker(spec: str) -> None:
     """The llm.c way: a pool over documents, one uint16 buffer a shard, np.save-like files. argv: spec, workers, out."""
-    _, workers, out, *paths = spec.split("\n")
+    tokenizer, workers, out, *paths = spec.split("\n")
     tokens, filled = np.empty(10**8, np.uint16), 0
-    with multiprocessing.get_context("fork").Pool(int(workers), _pool_start, (spec.split("\n")[0],)) as pool:
+    with multiprocessing.get_context("fork").Pool(int(workers), _pool_start, (tokenizer,)) as pool:
         for ids in pool.imap(_pool_encode, _stream(paths), chunksize=16):
             if filled + len(ids) > len(tokens):
                 tokens[:filled].tofile(out)
@@ -176,66 +173,57 @@ def main() -> None:
     texts = read(originals)
     plain = Tokenizer.from_file(args.tokenizer)
     fast = open_tokenizer(args.tokenizer)
+    encoders: dict[str, Callable[[list[str]], list[int]]] = {
+        "tokenizers encode_batch, bare": lambda t: [len(e) for e in plain.encode_batch(t, add_special_tokens=False)],
+        "tokenizers encode_batch_fast, bare": lambda t: [
+            len(e) for e in plain.encode_batch_fast(t, add_special_tokens=False)
+        ],
+        f"{fast.encoder}, bare": lambda t: [len(ids) for ids in fast.encode_batch(t)],
+    }
     sections: list[str] = []
     with tempfile.TemporaryDirectory(prefix="throughput-") as name:
         folder = Path(name)
-        corpus = make_corpus(texts, folder, int(args.corpus_gb * 1e9))
-        TOTAL[0] = sum(len(t.encode()) for path in corpus for t in _stream([path]))
-        sample_path = make_corpus(texts, _made(folder / "sample"), int(args.sample_mb * 1e6))
-        for title, paths, whole in (("input as given", originals, []), ("made corpus", sample_path, corpus)):
+        (folder / "sample").mkdir()
+        sample = make_corpus(texts, folder / "sample", int(args.sample_mb * 1e6))
+        for title, paths in (("input as given", originals), ("sample of the made corpus", sample)):
             documents = read(paths)
-            results = [
-                bare(
-                    "tokenizers encode_batch, bare",
-                    documents,
-                    lambda t: [len(e) for e in plain.encode_batch(t, add_special_tokens=False)],
-                ),
-                bare(
-                    "tokenizers encode_batch_fast, bare",
-                    documents,
-                    lambda t: [len(e) for e in plain.encode_batch_fast(t, add_special_tokens=False)],
-                ),
-                bare(f"{fast.encoder}, bare", documents, lambda t: [len(ids) for ids in fast.encode_batch(t)]),
-            ]
-            spec = "\n".join([args.tokenizer, "2", str(folder / "pool.bin"), *paths])
+            results = [bare(encoder, documents, encode) for encoder, encode in encoders.items()]
             n_bytes = results[0].n_bytes
-            TOTAL_SAVED, TOTAL[0] = TOTAL[0], n_bytes
-            command = [sys.executable, __file__, "--pool", spec]
-            n_pool = lambda: (folder / "pool.bin").stat().st_size // 2  # noqa: E731
-            results.append(children("llm.c-style pool, 2 workers", n_bytes, command, n_pool))
-            key = title.replace(" ", "-")
+            pool = folder / "pool.bin"
+            command = [sys.executable, __file__, "--pool", "\n".join([args.tokenizer, "2", str(pool), *paths])]
             results.append(
-                ours(
-                    f"{key} this, reference encoder, 1 worker",
-                    paths,
-                    args.tokenizer,
-                    1,
-                    folder,
-                    "--encoder",
-                    "reference",
-                )
+                children("llm.c-style pool, 2 workers", n_bytes, command, lambda p=pool: p.stat().st_size // 2)  # type: ignore[misc]
             )
-            results.append(ours(f"{key} this, 1 worker", paths, args.tokenizer, 1, folder))
-            TOTAL[0] = TOTAL_SAVED
-            if whole:
-                results.append(ours("all of it this, 1 worker", whole, args.tokenizer, 1, folder))
-                results.append(ours("all of it this, 2 workers", whole, args.tokenizer, 2, folder))
-            reference = results[0].n_tokens / results[0].cpu_s
-            head = "| what | MB text | M tokens | CPU s | wall s | M tokens / CPU s | MB / CPU s | of bare | peak MiB |"
-            table = "\n".join([head, "|---" * 9 + "|", *(r.row(reference) for r in results)])
-            sections.append(f"## {title}\n\n{table}\n")
-            print(sections[-1], flush=True)
+            reference = ("--encoder", "reference")
+            results.append(ours("this, reference encoder, 1 worker", paths, n_bytes, args.tokenizer, 1, *reference))
+            results.append(ours("this, 1 worker", paths, n_bytes, args.tokenizer, 1))
+            sections.append(table(title, results, results[0]))
+        corpus = make_corpus(texts, folder, int(args.corpus_gb * 1e9))
+        n_bytes = sum(len(text.encode()) for text in _stream(corpus))
+        half = corpus[: max(1, len(corpus) // 2)]
+        n_half = sum(len(text.encode()) for text in _stream(half))
+        whole = [
+            ours("this, 1 worker, half the files", half, n_half, args.tokenizer, 1),
+            ours("this, 1 worker", corpus, n_bytes, args.tokenizer, 1),
+            ours("this, 2 workers", corpus, n_bytes, args.tokenizer, 2),
+        ]
+        sections.append(table("the made corpus, whole", whole, results[0]))
     Path(args.record).write_text(record("\n".join(sections), args))
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+def table(title: str, results: list[Result], reference: Result) -> str:
+    """A section of the record; printed as well, since a run takes minutes."""
+    head = "| what | MB text | M tokens | CPU s | wall s | M tokens / CPU s | MB / CPU s | of bare | peak MiB |"
+    rows = [result.row(reference.n_tokens / reference.cpu_s) for result in results]
+    section = "\n".join([f"## {title}\n", head, "|---" * 9 + "|", *rows]) + "\n"
+    print(section, flush=True)
+    return section
 
 
 def record(body: str, args: argparse.Namespace) -> str:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "tiktoken", "pyarrow", "numpy"))
     return (
         f"# Tokenization throughput\n\nCommit {commit.stdout.strip()}, {cpu}, {os.cpu_count()} cores, Python "
