@@ -12,12 +12,11 @@ import contextlib
 import fcntl
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,8 @@ class Journal:
     splits: dict[str, Any] | None = None
     skipped: dict[str, int] | None = None
     per_source: list[dict[str, Any]] | None = None
+    git_commits: list[str] = field(default_factory=list)
+    """Commits of the code that worked on it: one, unless it was resumed with other code."""
     n_commits: int = 0
     done: bool = False
 
@@ -115,9 +116,12 @@ class Preparation:
     def _run(self, layout: ShardLayout, mine: list[Source], fingerprint: dict[str, Any]) -> int:
         journal = _read_journal(self.output, self.part) or Journal(settings=fingerprint)
         _check_settings(self.output, journal.settings, fingerprint)
+        commit = _git_commit()
         if journal.done:
             print(f"{self.output}: {self.part} is finished: nothing to do")
         else:
+            if commit not in journal.git_commits:
+                journal.git_commits.append(commit)
             self._encode_all(journal, layout, mine)
         if self.world_size == 1:
             return merge_parts(self.output)
@@ -365,6 +369,7 @@ def _manifest(journals: dict[str, Journal]) -> Manifest:
         for split, saved in (journal.splits or {}).items():
             n_tokens[split] += saved["state"]["n_tokens"]
             n_documents[split] += saved["state"]["n_documents"]
+    commits = sorted({commit for journal in journals.values() for commit in journal.git_commits})
     parts = {
         name: {
             "settings": journal.settings,
@@ -381,14 +386,14 @@ def _manifest(journals: dict[str, Journal]) -> Manifest:
         row_tokens=settings["row_tokens"],
         n_tokens={split: n_tokens[split] for split in SPLITS},
         n_documents={split: n_documents[split] for split in SPLITS},
-        extra={"parts": parts, "skipped": dict(sorted(skipped.items())), "git_commit": _git_commit()},
+        extra={"parts": parts, "skipped": dict(sorted(skipped.items())), "git_commits": commits},
     )
 
 
 def _git_commit() -> str:
-    """The commit of the code that ran; empty where it is not in a repository."""
-    here = Path(__file__).resolve().parent
-    result = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, env=os.environ
-    )
-    return result.stdout.strip()
+    """The commit of the code that ran; empty where it is not in a repository, or there is no git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

@@ -76,15 +76,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _from_slurm(names: Sequence[str], default: int) -> int:
-    """The first of these environment variables that is set, as an array job or an srun step sets them."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+def _place_from_slurm() -> tuple[int, int]:
+    """(rank, world size) of a task of an array, or of an srun step; (0, 1) elsewhere.
 
-
-def _array_rank() -> int:
-    if os.environ.get("SLURM_ARRAY_TASK_ID"):
-        return int(os.environ["SLURM_ARRAY_TASK_ID"]) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-    return _from_slurm(("SLURM_PROCID",), 0)
+    SLURM_NTASKS is no guide: a batch script has it too, and there this program runs once.
+    """
+    number = {name: int(value) for name, value in os.environ.items() if name.startswith("SLURM_") and value.isdigit()}
+    if "SLURM_ARRAY_TASK_ID" in number:
+        from_first = number["SLURM_ARRAY_TASK_ID"] - number.get("SLURM_ARRAY_TASK_MIN", 0)
+        return from_first // number.get("SLURM_ARRAY_TASK_STEP", 1), number.get("SLURM_ARRAY_TASK_COUNT", 1)
+    if "SLURM_STEP_NUM_TASKS" in number:
+        return number.get("SLURM_PROCID", 0), number["SLURM_STEP_NUM_TASKS"]
+    return 0, 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,13 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("where")
     where.add_argument("--output", required=True, metavar="DIR", help="the dataset's folder")
     where.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core this job may use")
-    where.add_argument("--rank", type=int, default=_array_rank(), help="this job's number; from Slurm where there")
-    where.add_argument(
-        "--world-size",
-        type=int,
-        default=_from_slurm(("SLURM_ARRAY_TASK_COUNT", "SLURM_NTASKS"), 1),
-        help="jobs that share the input files; from Slurm where there",
-    )
+    rank, world_size = _place_from_slurm()
+    where.add_argument("--rank", type=int, default=rank, help="this job's number; from Slurm where there")
+    where.add_argument("--world-size", type=int, default=world_size, help="jobs that share the input files; likewise")
     where.add_argument("--merge", action="store_true", help="join the finished parts of an array into one dataset")
     return parser
 

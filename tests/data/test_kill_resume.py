@@ -64,7 +64,8 @@ def assert_no_process_left(group: int) -> None:
 
 
 @pytest.mark.parametrize("n_rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_random_kills_change_nothing(tmp_path: Path, n_rounds: int) -> None:
+def test_random_kills_change_nothing(tmp_path: Path, n_rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))  # the manifest names commits; HEAD may move while this runs
     corpus.byte_level_tokenizer(tmp_path)
     for i in range(4):
         corpus.write_parquet(tmp_path / f"{i}.parquet", list(corpus.texts(60 * n_rounds, seed=i)), group=15)

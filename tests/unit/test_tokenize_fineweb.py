@@ -114,10 +114,19 @@ def test_an_array_of_jobs_is_merged(folder: Path, tmp_path: Path, capsys: pytest
 
 
 def test_slurm_says_rank_and_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("TASK_ID", "7"), ("TASK_MIN", "4"), ("TASK_COUNT", "5")):
-        monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
-    args = tokenize_fineweb._parser().parse_args(["--output", "x"])
-    assert (args.rank, args.world_size) == (3, 5)
+    def place(**variables: str) -> tuple[int, int]:
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        args = tokenize_fineweb._parser().parse_args(["--output", "x"])
+        return args.rank, args.world_size
+
+    assert place() == (0, 1)
+    assert place(NTASKS="8", PROCID="0") == (0, 1)  # a batch script that calls it once
+    assert place(NTASKS="8", STEP_NUM_TASKS="8", PROCID="3") == (3, 8)
+    array = {"ARRAY_TASK_ID": "10", "ARRAY_TASK_MIN": "4", "ARRAY_TASK_COUNT": "5", "ARRAY_TASK_STEP": "2"}
+    assert place(**array, NTASKS="1", PROCID="0") == (3, 5)
 
 
 def test_max_tokens_ends_with_a_whole_document(folder: Path, tmp_path: Path) -> None:

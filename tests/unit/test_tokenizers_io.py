@@ -106,6 +106,13 @@ def test_the_fast_encoder_refuses_what_it_cannot_equal(byte_level: Path, tmp_pat
         assert fast_bpe.supported(path) is None, name
 
 
+def test_unassigned_code_points_are_those_of_this_python() -> None:
+    pattern = fast_bpe._unassigned()
+    for code in [*range(0, 0x30000, 7), 0x3FFFF, 0x40000, 0x9ABCD, 0xDFFFF, 0xE0001, 0xF0000, 0x10FFFD, 0x10FFFF]:
+        if not 0xD800 <= code < 0xE000:
+            assert bool(pattern.match(chr(code))) == (unicodedata.category(chr(code)) == "Cn"), hex(code)
+
+
 def test_a_difference_from_the_reference_stops_the_run(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
     monkeypatch.setattr(fast_bpe, "GPT2_PATTERN", r"\S+|\s+")
