@@ -49,7 +49,12 @@ def from_mamba_ssm(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDic
     if embedding is not None and cfg.vocab_size <= embedding.shape[0] < cfg.n_vocab_rows:
         missing = cfg.n_vocab_rows - embedding.shape[0]
         state["backbone.embedding.weight"] = torch.cat([embedding, embedding.new_zeros(missing, embedding.shape[1])])
-    state.pop("lm_head.weight", None)  # tied to the embedding
+    head = state.pop("lm_head.weight", None)
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise ValueError(
+            f"lm_head.weight {tuple(head.shape)} differs from backbone.embedding.weight {tuple(embedding.shape)}: "
+            "our head is the embedding. Use a checkpoint with tie_embeddings=True"
+        )
     expected = {name: shape for name, shape in _mamba_ssm_shapes(cfg).items() if name != "lm_head.weight"}
     _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected)
     inner, n = cfg.d_inner, cfg.d_state

@@ -120,6 +120,13 @@ def test_a_foreign_state_dict_is_refused_by_name() -> None:
         from_mamba_ssm(state, CFG)
 
 
+def test_an_untied_head_is_refused() -> None:
+    theirs = to_mamba_ssm(dict(model_of().named_parameters()), CFG)
+    theirs["lm_head.weight"] = theirs["lm_head.weight"] + 1
+    with pytest.raises(ValueError, match="tie_embeddings=True"):
+        from_mamba_ssm(theirs, CFG)
+
+
 def test_documents_do_not_leak_into_each_other() -> None:
     model = model_of()
     tokens_bt = some_tokens(batch=1)

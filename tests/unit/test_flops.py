@@ -1,0 +1,55 @@
+"""Counts worked out by hand, and against the shapes of the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+
+from modeling import flops
+from modeling.config import LanguageConfig
+from modeling.language import LanguageModel, logical_shapes
+from modeling.tensor_parallel import LAYOUTS, TensorParallel
+
+TINY = LanguageConfig(
+    n_layers=1, d_model=4, headdim=2, n_heads=4, widths=(4, 2), d_state=3, d_conv=2, chunk_size=8, vocab_size=100
+)
+LM_1B4 = LanguageConfig(n_layers=48, d_model=2048, widths=(64, 32, 16, 8), vocab_size=50257)
+
+
+def test_two_heads_of_the_tiny_model_by_hand() -> None:
+    # 4 inner channels: z 16, x 16, B and C 24, dt 8, out 16; conv 10 channels of 2 taps and a bias; 3 x 2 heads; norm 4.
+    assert flops.mixer_parameters(TINY, 2) == 80 + 30 + 6 + 4
+    assert flops.language_parameters(TINY, (2,)) == flops.Parameters(embedding=128 * 4, blocks=120 + 2 * 4)
+    assert flops.projection_flops(TINY, 2) == 2 * 80
+    # C.B^T 2 x 8 x 3, scores.x 2 x 8 x 4, states written and read 2 x 2 x 4 x 3.
+    assert flops.scan_flops(TINY, 2) == 48 + 64 + 48
+    assert flops.forward_flops_per_token(TINY, (2,)) == 160 + 160 + 2 * 512
+    assert flops.training_flops_per_token(TINY, (2,)) == 3 * 1344
+    # tp=2 holds two heads and half of the embedding, 384 parameters, and a quarter of their optimizer state.
+    assert flops.training_state_bytes(TINY, tp=2, dp=4) == 384 * 8 + 96 * 12
+
+
+@pytest.mark.parametrize("cfg", [TINY, LM_1B4], ids=["tiny", "1.4B"])
+def test_parameters_are_those_of_the_model(cfg: LanguageConfig) -> None:
+    for width in cfg.widths:
+        shapes = logical_shapes(replace(cfg, n_heads=width, widths=(width,)))
+        total = sum(prod(shape) for shape in shapes.values())
+        assert flops.language_parameters(cfg, cfg.layer_widths(width)).total == total
+    for tp in (1, 2):
+        with torch.device("meta"):
+            part = LanguageModel(cfg, tp=TensorParallel(size=tp, rank=0))
+        assert flops.local_parameters(cfg, tp) == sum(p.numel() for p in part.parameters())
+
+
+def test_an_eighth_of_the_1b4_keeps_a_fifth_of_its_parameters() -> None:
+    whole = flops.language_parameters(LM_1B4, LM_1B4.layer_widths(64)).total
+    eighth = flops.language_parameters(LM_1B4, LM_1B4.layer_widths(8)).total
+    assert round(eighth / 1e6) == 280
+    assert round(100 * eighth / whole) == 21
+
+
+def test_every_parameter_has_a_layout() -> None:
+    assert {name.rpartition(".")[2] for name in logical_shapes(TINY)} == set(LAYOUTS)
