@@ -27,5 +27,5 @@ def chunk_scan() -> Callable[..., Any] | None:
 
 def allow_import_without_cuda_extension() -> None:
     """Let `import mamba_ssm` succeed where its Mamba-1 CUDA extension was not built."""
-    if importlib.util.find_spec("selective_scan_cuda") is None:
-        sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    if "selective_scan_cuda" not in sys.modules and importlib.util.find_spec("selective_scan_cuda") is None:
+        sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")

@@ -56,7 +56,7 @@ def _mixer_ref(own: Mapping[str, Tensor], cfg: LanguageConfig, x: Tensor) -> Ten
 
 
 def mamba_ssm_model(state: Mapping[str, Tensor], cfg: LanguageConfig, device: torch.device) -> MambaLMHeadModel:
-    """mamba-ssm's own module with these weights, float32; runs on a GPU only. Full-width geometry: expand * d_model."""
+    """mamba-ssm's own module with these weights, float32; runs on a GPU only. Wants d_model to divide d_inner."""
     config = MambaConfig(
         d_model=cfg.d_model,
         n_layer=cfg.n_layers,
@@ -66,7 +66,7 @@ def mamba_ssm_model(state: Mapping[str, Tensor], cfg: LanguageConfig, device: to
             "headdim": cfg.headdim,
             "d_state": cfg.d_state,
             "d_conv": cfg.d_conv,
-            "expand": cfg.d_inner // cfg.d_model if cfg.d_inner % cfg.d_model == 0 else cfg.d_inner / cfg.d_model,
+            "expand": cfg.d_inner // cfg.d_model,
             "chunk_size": cfg.chunk_size,
             "use_mem_eff_path": False,
         },
