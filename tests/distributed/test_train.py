@@ -1,0 +1,275 @@
+"""Whole runs on real ranks: resuming, being told to stop, and what ends a run before it does harm."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modeling.language import LanguageModel
+from pretrain import checkpoint, train
+from pretrain.checkpoint import CheckpointError, Reader
+from pretrain.config import RunConfig
+from pretrain.config_io import config_from_dict
+from pretrain.metrics import Record, read_metrics
+from tests.datasets import write_token_dataset
+from tests.distributed.harness import RankFailedError, run_ranks
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_token_dataset(tmp_path_factory.mktemp("data") / "shards", vocab_size=64, row_tokens=32, n_rows=48)
+
+
+def run_config(dataset: Path, run_dir: Path, **overrides: Any) -> RunConfig:
+    """Ten steps of a two-layer model on 48 training sequences: the second epoch starts in step 6."""
+    raw: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": {
+            "n_layers": 2,
+            "d_model": 32,
+            "headdim": 8,
+            "d_state": 8,
+            "widths": [8, 4, 2],
+            "chunk_size": 16,
+            "vocab_size": 64,
+        },
+        "data": {"path": str(dataset), "seq_len": 32, "tokens_per_step": 256, "micro_batch": 2, "n_workers": 0},
+        "optim": {"lr": 1e-2, "steps": 10, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 0, "keep_last": 3},
+        "logging": {"every_steps": 1, "eval_every_steps": 5, "eval_sequences": 8},
+    }
+    for section, values in overrides.items():
+        raw[section] = {**raw.get(section, {}), **values} if isinstance(values, dict) else values
+    return config_from_dict(raw)
+
+
+def losses(cfg: RunConfig) -> list[tuple[str, int, dict[str, float]]]:
+    records = read_metrics(Path(cfg.run_dir) / "metrics.jsonl")
+    return [(record["kind"], record["step"], record["loss"]) for record in records if record["kind"] != "event"]
+
+
+def train_until(cfg: RunConfig, stop_after: int) -> int:
+    """Train; rank 0 gets SIGTERM while the gradients of step `stop_after` (0-based) are being computed."""
+    accumulate = train.accumulate_gradients
+
+    def accumulate_and_be_told_to_stop(run: train.Run, micro_batches: Any) -> None:
+        if run.state.step == stop_after and run.ranks.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        accumulate(run, micro_batches)
+
+    train.accumulate_gradients = accumulate_and_be_told_to_stop
+    return train.main(cfg)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"nesting": {"rule": "sandwich", "draw": "separate"}},
+        {"nesting": {"distill_weight": 0.5}, "data": {"reset_at_documents": True}},
+        {"parallel": {"tensor": 2}},
+        {"parallel": {"zero_stage": 2}},
+    ],
+    ids=["all widths", "sandwich, separate draws", "distillation, documents reset", "tp 2", "ZeRO 2"],
+)
+def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(
+    overrides: dict[str, Any], dataset: Path, tmp_path: Path
+) -> None:
+    whole = run_config(dataset, tmp_path / "whole", **overrides)
+    assert run_ranks(2, train.main, whole) == [0, 0]
+    parts = run_config(dataset, tmp_path / "parts", **overrides)
+    assert run_ranks(2, train_until, parts, 6) == [train.EXIT_REQUEUE] * 2
+    assert losses(parts)[-1][1] == 7, "the step in progress is finished and saved"
+    assert run_ranks(2, train.main, parts) == [0, 0]
+    assert losses(parts) == losses(whole)
+    first, last = losses(whole)[0][2], losses(whole)[-1][2]
+    assert all(last[name] < first[name] for name in last), "every width learns"
+    expected, resumed = (Reader(checkpoint.candidates(checkpoint.checkpoint_dir(c.run_dir))[0]) for c in (whole, parts))
+    assert expected.state == resumed.state
+    for name in expected.shapes:
+        for kind in checkpoint.KINDS:
+            assert torch.equal(expected.full(name, kind, 8), resumed.full(name, kind, 8)), (name, kind)
+
+
+def state_after_loading(cfg: RunConfig) -> dict[str, torch.Tensor]:
+    """What a checkpoint that was loaded at this layout and saved again at once holds, on rank 0."""
+    from pretrain import resume
+    from pretrain.distributed import init_ranks
+    from pretrain.engine import Engine
+
+    ranks = init_ranks(cfg.parallel.tensor)
+    model = LanguageModel(cfg.model, tp=ranks.tp)
+    model.init_weights(99)
+    engine = Engine(model, cfg, ranks)
+    state = resume.resume(engine, cfg, ranks)
+    assert state is not None
+    whole = {} if ranks.tp.size > 1 else {name: p.detach().clone() for name, p in model.named_parameters()}
+    reader = Reader(resume.save(engine, cfg, ranks, state))
+    for name in reader.shapes:
+        for kind in checkpoint.KINDS:
+            whole[f"{name}|{kind}"] = reader.full(name, kind, cfg.model.n_heads)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "stage"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (4, 4, 1), (4, 1, 2)], ids=str
+)
+def test_a_checkpoint_loads_bitwise_at_every_layout(
+    world_size: int, tensor: int, stage: int, dataset: Path, tmp_path: Path
+) -> None:
+    widths = {"widths": [8, 4]}
+    saved = run_config(dataset, tmp_path / "saved", model=widths, optim={"steps": 3}, parallel={"tensor": 2})
+    run_ranks(4, train.main, saved)
+    source = checkpoint.candidates(checkpoint.checkpoint_dir(saved.run_dir))[0]
+    other = run_config(
+        dataset,
+        tmp_path / "other",
+        model=widths,
+        parallel={"tensor": tensor, "zero_stage": stage},
+        checkpoint={"resume": str(source)},
+    )
+    result = run_ranks(world_size, state_after_loading, other)[0]
+    reader = Reader(source)
+    for name in reader.shapes:
+        for kind in checkpoint.KINDS:
+            assert torch.equal(result[f"{name}|{kind}"], reader.full(name, kind, 8)), (name, kind)
+        if tensor == 1:
+            assert torch.equal(result[name], reader.full(name, "master", 8)), name
+
+
+def train_with_nan(cfg: RunConfig) -> str:
+    """Poison one weight of rank 1 alone before step 2; returns the error and whether rank 0's weights moved after it."""
+    accumulate = train.accumulate_gradients
+    kept: dict[str, Any] = {}
+
+    def poisoned(run: train.Run, micro_batches: Any) -> None:
+        if run.state.step == 2:
+            kept["model"] = run.model
+            kept["before"] = run.model.final_norm.detach().clone()
+            if run.ranks.rank == 1:
+                run.model.embedding.data[5] = torch.nan
+        accumulate(run, micro_batches)
+
+    train.accumulate_gradients = poisoned
+    with pytest.raises(train.NonFiniteError) as caught:
+        train.main(cfg)
+    assert torch.equal(kept["model"].final_norm, kept["before"])
+    return str(caught.value)
+
+
+def test_nan_on_one_rank_stops_all_ranks_before_the_update(dataset: Path, tmp_path: Path) -> None:
+    messages = run_ranks(2, train_with_nan, run_config(dataset, tmp_path))
+    assert all("step 2: a loss is not finite; nothing was updated" in message for message in messages)
+
+
+def train_on_a_full_disk(cfg: RunConfig) -> str:
+    """The disk of rank 1 is full from the second checkpoint on."""
+    write = checkpoint.write_rank_file
+
+    def fail_later(folder: Path, rank: int, tensors: Any) -> Any:
+        if rank == 1 and "00000004" in folder.name:
+            raise OSError(28, "No space left on device")
+        return write(folder, rank, tensors)
+
+    checkpoint.write_rank_file = fail_later
+    with pytest.raises(CheckpointError) as caught:
+        train.main(cfg)
+    return str(caught.value)
+
+
+def test_a_full_disk_is_reported_on_all_ranks_and_spares_the_last_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path, checkpoint={"every_steps": 2})
+    for message in run_ranks(2, train_on_a_full_disk, cfg):
+        assert "step 4 was not written: rank 1: [Errno 28] No space left on device" in message
+    root = checkpoint.checkpoint_dir(cfg.run_dir)
+    assert [path.name for path in checkpoint.candidates(root)] == ["step_00000002"]
+    assert not list(root.glob(".writing-*"))
+    Reader(root / "step_00000002").verify()
+    assert (root / "latest").read_text().strip() == "step_00000002"
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_auto_resume_skips_a_damaged_checkpoint_and_never_starts_over_all_of_them(
+    dataset: Path, tmp_path: Path
+) -> None:
+    cfg = run_config(dataset, tmp_path, checkpoint={"every_steps": 4})
+    run_ranks(2, train.main, cfg)
+    expected = losses(cfg)
+    root = checkpoint.checkpoint_dir(cfg.run_dir)
+    assert [path.name for path in checkpoint.candidates(root)] == ["step_00000010", "step_00000008", "step_00000004"]
+    damage(root / "step_00000010" / "rank_00001.safetensors")
+    (root / "step_00000008" / "manifest.json").write_text("{")
+    run_ranks(2, train.main, cfg)
+    assert losses(cfg) == expected, "it went on from step 4, and the curve has one value a step"
+    for folder in checkpoint.candidates(root):
+        damage(folder / "rank_00000.safetensors")
+    with pytest.raises(RankFailedError, match=r"every checkpoint in .* is damaged"):
+        run_ranks(2, train.main, cfg)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path, optim={"steps": 3})
+    run_ranks(1, train.main, cfg)
+    other = run_config(dataset, tmp_path, optim={"steps": 3}, model={"d_state": 16})
+    with pytest.raises(
+        RankFailedError, match=r"another model: blocks\.0\.mixer\.conv_bc is \(16, 4\) there and \(32, 4\)"
+    ):
+        run_ranks(1, train.main, other)
+
+
+def missing_shard(dataset: Path) -> None:
+    next((dataset / "train").glob("*.mds")).unlink()
+
+
+def truncated_shard(dataset: Path) -> None:
+    path = next((dataset / "train").glob("*.mds"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("harm", "overrides", "message"),
+    [
+        (missing_shard, {}, "shard .* is missing"),
+        (truncated_shard, {}, "it is truncated or damaged"),
+        (None, {"model": {"vocab_size": 63}}, "whose ids reach 63"),
+        (None, {"data": {"seq_len": 48, "tokens_per_step": 192}}, "does not divide the dataset's rows of 32"),
+        (None, {"data": {"tokens_per_step": 32 * 64}}, "holds 48 sequences of 32 tokens, a step needs 64"),
+        (None, {"data": {"micro_batch": 3}}, "not a multiple of data-parallel size 2 x data.micro_batch=3"),
+    ],
+    ids=["missing shard", "truncated shard", "id beyond the vocabulary", "seq_len", "too little data", "micro_batch"],
+)
+def test_bad_data_ends_every_rank_before_a_step(
+    harm: Any, overrides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    dataset = write_token_dataset(tmp_path / "shards", vocab_size=64, row_tokens=32, n_rows=48)
+    if harm is not None:
+        harm(dataset)
+    cfg = run_config(dataset, tmp_path / "run", **overrides)
+    with pytest.raises(RankFailedError, match=message) as caught:
+        run_ranks(2, train.main, cfg)
+    assert "rank 0:" in str(caught.value)
+    assert "rank 1:" in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def evaluation(cfg: RunConfig) -> list[Record]:
+    train.main(cfg)
+    return [record for record in read_metrics(Path(cfg.run_dir) / "metrics.jsonl") if record["kind"] == "eval"]
+
+
+def test_validation_does_not_depend_on_the_number_of_ranks(dataset: Path, tmp_path: Path) -> None:
+    results = []
+    for world_size in (1, 2):
+        cfg = run_config(dataset, tmp_path / str(world_size), optim={"steps": 3})
+        results.append(run_ranks(world_size, evaluation, cfg)[0][-1]["loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
