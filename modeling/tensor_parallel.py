@@ -13,19 +13,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor
 
 from modeling import nesting
+
+with warnings.catch_warnings():
+    # On import megatron-core warns, four times, of optional libraries that nothing here uses.
+    warnings.simplefilter("ignore")
+    from megatron.core.tensor_parallel.mappings import (
+        copy_to_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+    )
 
 
 class Layout(Enum):

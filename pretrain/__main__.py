@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 
 from pretrain.config import ConfigError
 from pretrain.config_io import load_config
@@ -19,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, bytes and steps; train nothing")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run assumes")
     parser.add_argument("--doctor", action="store_true", help="print versions and devices, and what is missing")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may follow options
     if args.doctor:
         from pretrain.doctor import main as doctor
 
@@ -37,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # What is heavy to import comes after what can fail quickly: a mistyped key is reported at once.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|CUDA runtime).*")
     from pretrain.checkpoint import CheckpointError
     from pretrain.shard_store import DatasetError
     from pretrain.train import NonFiniteError

@@ -6,6 +6,7 @@ Every import is guarded: the doctor must be able to run where the installation i
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import logging
@@ -126,11 +127,12 @@ def _package(name: str, module: str, *, required: bool, use: str = "") -> Check:
 
 def _scan() -> Check:
     """Whether the Triton scan, which a GPU run is fast by, can be imported."""
-    from modeling.ops.upstream import chunk_scan
+    from modeling.ops.upstream import CUDA_EXTENSION, chunk_scan
 
+    # The import below may put a stand-in of the extension in place, so look for the real one by its file.
+    built = importlib.machinery.PathFinder.find_spec(CUDA_EXTENSION) is not None
     if chunk_scan() is None:
         return Check("scan", "note", "mamba-ssm is not installed: plain PyTorch scan", REINSTALL)
-    built = importlib.util.find_spec("selective_scan_cuda") is not None
     extension = "built" if built else "not built; nothing here needs it"
     return Check("scan", "ok", f"mamba-ssm's Triton scan imports; its Mamba-1 CUDA extension is {extension}")
 

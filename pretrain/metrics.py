@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,10 @@ from torch import Tensor
 from modeling.flops import training_flops_per_token
 from modeling.nesting import width_name
 from pretrain.config import RunConfig
-from pretrain.distributed import Ranks
 from pretrain.hardware import device_name, memory_gib, peak_tflops
+
+if TYPE_CHECKING:  # so that reading and plotting metrics does not import megatron-core
+    from pretrain.distributed import Ranks
 
 Record = dict[str, Any]
 

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+CUDA_EXTENSION = "selective_scan_cuda"
+"""mamba-ssm's compiled Mamba-1 scan, which nothing here calls."""
+
 
 @cache
 def chunk_scan() -> Callable[..., Any] | None:
@@ -27,5 +30,5 @@ def chunk_scan() -> Callable[..., Any] | None:
 
 def allow_import_without_cuda_extension() -> None:
     """Let `import mamba_ssm` succeed where its Mamba-1 CUDA extension was not built."""
-    if "selective_scan_cuda" not in sys.modules and importlib.util.find_spec("selective_scan_cuda") is None:
-        sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
+    if CUDA_EXTENSION not in sys.modules and importlib.util.find_spec(CUDA_EXTENSION) is None:
+        sys.modules[CUDA_EXTENSION] = types.ModuleType(CUDA_EXTENSION)

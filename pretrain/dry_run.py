@@ -1,0 +1,86 @@
+"""`--dry-run`: what a run would be, from its config alone, on any machine: sizes, FLOPs, bytes, tokens, steps."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from modeling.flops import (
+    forward_flops_per_token,
+    language_parameters,
+    local_parameters,
+    training_flops_per_token,
+    training_state_bytes,
+)
+from modeling.language import LanguageModel
+from modeling.nesting import width_name
+from modeling.tensor_parallel import TensorParallel
+from pretrain.config import RunConfig
+
+GIB = 2**30
+
+
+def print_plan(cfg: RunConfig, world_size: int) -> None:
+    """Print the plan for `world_size` ranks. Raises ConfigError where the layout does not fit the run.
+
+    One rank's model is built on the meta device, so that a shape that cannot be is found here and not on the cluster.
+    """
+    dp, tp = cfg.data_parallel(world_size), cfg.parallel.tensor
+    accumulation = cfg.grad_accum_steps(world_size)
+    with torch.device("meta"):
+        local = LanguageModel(cfg.model, tp=TensorParallel(size=tp))
+    built = sum(parameter.numel() for parameter in local.parameters())
+    assert built == local_parameters(cfg.model, tp), (
+        f"flops.py counts {local_parameters(cfg.model, tp)}, model has {built}"
+    )
+
+    console = Console()
+    console.print(_width_table(cfg))
+    per_pass = cfg.data.micro_batch * cfg.data.seq_len
+    tokens = cfg.optim.steps * cfg.data.tokens_per_step
+    joint = sum(training_flops_per_token(cfg.model, cfg.model.layer_widths(n)) for n in cfg.model.widths)
+    rows = {
+        "layout": f"{world_size} ranks = tp {tp} x dp {dp}, ZeRO stage {cfg.parallel.zero_stage}",
+        "parameters a rank": f"{built:,}",
+        "state a rank": f"{training_state_bytes(cfg.model, tp=tp, dp=dp) / GIB:.2f} GiB between steps: float32 parameters, "
+        f"gradients, and master copy and moments over dp {dp}; activations come on top",
+        "steps": f"{cfg.optim.steps:,} of {cfg.data.tokens_per_step:,} tokens = {tokens / 1e9:,.2f}B tokens",
+        "a step on a rank": f"{accumulation} micro-batches of {cfg.data.micro_batch} x {cfg.data.seq_len} tokens "
+        f"({per_pass:,}), {len(cfg.model.widths)} widths each, gradients reduced once",
+        "training compute": f"{joint * tokens:.3g} FLOPs over all widths, {joint / 1e9:,.2f} GFLOP a token",
+        "checkpoint": f"{language_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total * 12 / GIB:.2f} GiB "
+        f"each, {cfg.checkpoint.keep_last} kept, every {cfg.checkpoint.every_steps:,} steps",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(f"[bold]{name}[/]", value)
+    console.print(grid)
+
+
+def _width_table(cfg: RunConfig) -> Table:
+    table = Table(title=f"{cfg.run_dir}: {len(cfg.model.widths)} models in one")
+    for column in (
+        "width",
+        "heads",
+        "parameters",
+        "of full",
+        "without embedding",
+        "forward MFLOP/token",
+        "bf16 weights MiB",
+    ):
+        table.add_column(column, justify="right")
+    full = language_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total
+    for n_heads in cfg.model.widths:
+        widths = cfg.model.layer_widths(n_heads)
+        parameters = language_parameters(cfg.model, widths)
+        table.add_row(
+            width_name(n_heads, cfg.model.n_heads),
+            str(n_heads),
+            f"{parameters.total:,}",
+            f"{parameters.total / full:.0%}",
+            f"{parameters.blocks:,}",
+            f"{forward_flops_per_token(cfg.model, widths) / 1e6:,.0f}",
+            f"{parameters.total * 2 / 2**20:,.0f}",
+        )
+    return table
