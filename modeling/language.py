@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling import nesting
 from modeling.config import LanguageConfig
@@ -46,10 +47,16 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, cfg: LanguageConfig, *, tp: TensorParallel | None = None, dtype: torch.dtype = torch.float32
+        self,
+        cfg: LanguageConfig,
+        *,
+        tp: TensorParallel | None = None,
+        dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
     ) -> None:
+        """With `recompute`, training keeps each block's input alone and computes the block again in backward."""
         super().__init__()
-        self.cfg, self.tp, self.dtype = cfg, tp or TensorParallel(), dtype
+        self.cfg, self.tp, self.dtype, self.recompute = cfg, tp or TensorParallel(), dtype, recompute
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
         self.blocks: Sequence[Block] = nn.ModuleList(Block(cfg, self.tp, dtype) for _ in range(cfg.n_layers))  # type: ignore[assignment]
@@ -71,7 +78,13 @@ class LanguageModel(nn.Module):
         nesting.check_layer_widths(widths, self.cfg.n_heads, self.cfg.n_layers, self.tp.size)
         x_btd = self._embed(tokens_bt)
         for layer, block in enumerate(self.blocks):
-            x_btd = block(x_btd, widths[layer], seq_idx_bt, None if states is None else states[layer])
+            if self.recompute and states is None and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no generator to put back.
+                x_btd = checkpoint(
+                    block, x_btd, widths[layer], seq_idx_bt, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_btd = block(x_btd, widths[layer], seq_idx_bt, None if states is None else states[layer])
         return rms_norm(x_btd, self.final_norm, eps=self.cfg.norm_eps, dtype=self.dtype)
 
     def logits(self, hidden_btd: Tensor) -> Tensor:

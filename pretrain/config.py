@@ -141,13 +141,16 @@ class ParallelConfig:
     tensor: int = 1
     """Tensor-parallel ranks; must divide every trained width's head count."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage. 1 shards optimizer state; 2 and 3 also shard gradients and parameters."""
+    """DeepSpeed ZeRO stage. 1 shards the optimizer's state over data-parallel ranks; 2 gradients too."""
+    activation_checkpointing: Literal["none", "block"] = "none"
+    """none: keep every activation. block: keep each block's input alone and compute the rest again in backward."""
 
     def __post_init__(self) -> None:
         _require(self.tensor >= 1, f"parallel.tensor={self.tensor}: must be at least 1")
         _require(
-            self.zero_stage in (1, 2, 3),
-            f"parallel.zero_stage={self.zero_stage}: must be 1, 2 or 3 (stage 0 keeps no sharded state to checkpoint)",
+            self.zero_stage in (1, 2),
+            f"parallel.zero_stage={self.zero_stage}: must be 1 or 2. Stage 0 has no sharded state to checkpoint; stage 3 "
+            "takes parameters away after forward, and the loss still needs the embedding then",
         )
 
 

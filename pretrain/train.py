@@ -171,7 +171,8 @@ def main(cfg: RunConfig) -> int:
 
     dtype = compute_dtype(cfg, ranks.device)
     with torch.device("meta"):
-        model = LanguageModel(cfg.model, tp=ranks.tp, dtype=dtype)
+        recompute = cfg.parallel.activation_checkpointing == "block"
+        model = LanguageModel(cfg.model, tp=ranks.tp, dtype=dtype, recompute=recompute)
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)

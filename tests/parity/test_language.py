@@ -93,6 +93,14 @@ def test_in_place_equals_cut_out(n_heads: int) -> None:
     assert relative(actual, expected) < 1e-6  # the same sums; BLAS may block another shape differently
 
 
+def test_recomputing_blocks_changes_no_bit_of_a_gradient() -> None:
+    kept, again = model_of(), model_of()
+    again.recompute = True
+    for n_heads in CFG.widths:
+        expected, actual = (gradients_in_place(model, n_heads, some_tokens())[1] for model in (kept, again))
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def test_mixed_widths_use_each_layers_own_heads() -> None:
     model, tokens_bt = model_of(), some_tokens()
     with torch.no_grad():

@@ -89,6 +89,14 @@ def test_wandb_gets_flat_records_under_a_kept_run_id(
     assert logged[0] == ({"train/tokens": 256, "train/loss_1": 3.9, "train/loss_1/2": 4.5}, 1)
 
 
+def test_wandb_offline_writes_a_run_that_can_be_synced_later(cfg: RunConfig, tmp_path: Path) -> None:
+    write_steps(replace(cfg, logging=replace(cfg.logging, wandb="offline")), 0, range(1, 4))
+    runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 1
+    assert runs[0].stat().st_size > 0
+    assert (tmp_path / "wandb_id").read_text() in runs[0].name
+
+
 @pytest.mark.parametrize(
     ("name", "stated", "peak"),
     [
