@@ -55,6 +55,7 @@ def next_token_loss(
         distill_weight,
         temperature,
         tp,
+        torch.is_grad_enabled(),
     )
     return Loss(total, next_token)
 
@@ -95,9 +96,11 @@ class _PiecewiseLoss(torch.autograd.Function):
         distill_weight: float,
         temperature: float,
         tp: TensorParallel,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         n_tokens = hidden_md.shape[0]
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        # Gradients are always off in here, and needs_input_grad does not know whether they were on outside.
+        needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
         total, next_token = torch.zeros((2, 1), device=hidden_md.device).unbind()
         grad_hidden_md = torch.empty_like(hidden_md) if needs_grad else None
         grad_head_vd = torch.zeros(head_vd.shape, dtype=torch.float32, device=head_vd.device) if needs_grad else None
@@ -131,4 +134,4 @@ class _PiecewiseLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_md, grad_head_vd = ctx.saved_tensors
         grad_head = (grad_head_vd * grad_total).to(ctx.head_dtype)
-        return (grad_hidden_md * grad_total).to(grad_hidden_md.dtype), grad_head, None, None, None, None, None
+        return (grad_hidden_md * grad_total).to(grad_hidden_md.dtype), grad_head, None, None, None, None, None, None

@@ -123,7 +123,6 @@ def commit(root: Path, step: int, manifest: dict[str, Any], keep_last: int) -> P
     temporary, final = temporary_dir(root, step), root / step_name(step)
     _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
     _sync_folder(temporary)
-    shutil.rmtree(final, ignore_errors=True)  # an earlier one of this step, which auto-resume found damaged
     temporary.rename(final)
     _sync_folder(root)
     _write_synced(root / ".latest", final.name + "\n")
@@ -132,6 +131,14 @@ def commit(root: Path, step: int, manifest: dict[str, Any], keep_last: int) -> P
     for old in sorted(root.glob("step_*"))[:-keep_last]:
         shutil.rmtree(old)
     return final
+
+
+def set_aside(folders: list[Path]) -> None:
+    """Rename damaged checkpoints so that neither resuming nor pruning counts them; people may still look into them."""
+    for folder in folders:
+        target = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
 
 
 def abandon(root: Path, step: int) -> None:

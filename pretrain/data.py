@@ -13,26 +13,25 @@ Legend: `b` sequences of a micro-batch, `t` tokens of a sequence.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import logging
 import signal
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_prep.shard_schema import INDEX_NAME, MANIFEST_NAME, Manifest, file_sha256, read_manifest
+from data_prep.shard_schema import Manifest
 from pretrain.config import ConfigError, DataConfig
+from pretrain.dataset_check import manifest_of
 from pretrain.shard_store import DatasetError, RowStore
+
+log = logging.getLogger(__name__)
 
 WINDOW_SHARDS = 16
 PREFETCH_MICRO_BATCHES = 4
@@ -211,7 +210,7 @@ class TokenLoader:
         self._n_micro_batches = n_sequences_per_step // (dp_size * cfg.micro_batch)
         store = RowStore(cfg.path, split, cache_dir=cfg.cache_dir)
         order = RowOrder(store.rows_per_shard, seed)
-        self._reader = SequenceReader(store, order, _manifest(cfg), cfg, vocab_size)
+        self._reader = SequenceReader(store, order, manifest_of(cfg), cfg, vocab_size)
         self._sequence = start_sequence
         self._batches: Iterator[Batch] | None = None
 
@@ -275,9 +274,11 @@ def validation_batches(
     Where the split holds fewer, the largest multiple of `dp_size` that it holds. Every rank must call this.
     """
     store = RowStore(cfg.path, "val", cache_dir=cfg.cache_dir)
-    manifest = _manifest(cfg)
+    manifest = manifest_of(cfg)
     reader = SequenceReader(store, _FileOrder(store.rows_per_shard), manifest, cfg, vocab_size)
     n = min(n_sequences, reader.n_sequences) // dp_size * dp_size
+    if n != n_sequences and dp_rank == 0:
+        log.info("validation: %d of %d sequences, the most that %d ranks can share evenly", n, n_sequences, dp_size)
     if n == 0:
         raise ConfigError(
             f"validation: {min(n_sequences, reader.n_sequences)} sequences (logging.eval_sequences={n_sequences}, the "
@@ -296,107 +297,6 @@ class _FileOrder(RowOrder):
 
     def row(self, epoch: int, position: int) -> int:
         return position
-
-
-def check_dataset(cfg: DataConfig, vocab_size: int) -> Manifest:
-    """The dataset's manifest, once everything that can be known before training was found in order.
-
-    Raises FileNotFoundError (no dataset, a shard is missing), ConfigError (the config asks for what the dataset is
-    not) or DatasetError (damaged). Touches no shared memory; any rank may call it alone.
-    """
-    manifest = _manifest(cfg)
-    if manifest.vocab_size > vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size}, but {cfg.path} was tokenized with {manifest.tokenizer_name}, whose ids "
-            f"reach {manifest.vocab_size - 1}: set model.vocab_size={manifest.vocab_size} or more, or prepare the data "
-            "with the tokenizer that the model is for"
-        )
-    if cfg.tokenizer:
-        found = file_sha256(cfg.tokenizer)
-        if found != manifest.tokenizer_sha256:
-            raise ConfigError(
-                f"data.tokenizer={cfg.tokenizer} has hash {found[:16]}..., but {cfg.path} was tokenized with "
-                f"{manifest.tokenizer_name}, {manifest.tokenizer_sha256[:16]}...: name that file, or prepare the data again"
-            )
-    if manifest.row_tokens % cfg.seq_len:
-        divisors = [d for d in range(1, manifest.row_tokens + 1) if manifest.row_tokens % d == 0]
-        raise ConfigError(
-            f"data.seq_len={cfg.seq_len} does not divide the dataset's rows of {manifest.row_tokens} tokens: use one "
-            f"of {divisors[-8:]}, or prepare the data with --row-tokens a multiple of {cfg.seq_len}"
-        )
-    for split, n_needed in (("train", cfg.sequences_per_step), ("val", 1)):
-        n_rows = _check_index(cfg, split)
-        n_sequences = n_rows * (manifest.row_tokens // cfg.seq_len)
-        if n_sequences < n_needed:
-            raise ConfigError(
-                f"{cfg.path}: split {split} holds {n_sequences} sequences of {cfg.seq_len} tokens, a step needs "
-                f"{n_needed}: prepare more data, or lower data.tokens_per_step"
-            )
-    return manifest
-
-
-def _check_index(cfg: DataConfig, split: str) -> int:
-    """Rows that the split's index lists; for a local dataset, every shard it names is there in its full size."""
-    if cfg.cache_dir:
-        path = _fetch(f"{cfg.path}/{split}/{INDEX_NAME}", cfg.cache_dir)
-    else:
-        path = Path(cfg.path) / split / INDEX_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {cfg.path} has no split {split}; prepare the data again")
-    try:
-        shards = json.loads(path.read_text())["shards"]
-        n_rows = sum(int(shard["samples"]) for shard in shards)
-        files = [[info for info in (shard["raw_data"], shard["zip_data"]) if info] for shard in shards]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path} is not an MDS index ({error!r}): prepare the data again") from error
-    if cfg.cache_dir:
-        path.unlink()
-        return n_rows
-    for either in files:
-        present = [info for info in either if (path.parent / info["basename"]).is_file()]
-        if not present:
-            raise FileNotFoundError(
-                f"shard {path.parent / either[0]['basename']} is missing, but {path} lists it: copy the dataset again, "
-                "or prepare the data again"
-            )
-        for info in present:
-            shard_path = path.parent / info["basename"]
-            n_bytes = shard_path.stat().st_size
-            if n_bytes != info["bytes"]:
-                raise DatasetError(
-                    f"shard {shard_path} has {n_bytes} bytes, the index says {info['bytes']}: it is truncated or "
-                    "damaged; copy it again, or prepare the data again"
-                )
-    return n_rows
-
-
-def _manifest(cfg: DataConfig) -> Manifest:
-    """The dataset's manifest, fetched anew where the dataset is remote; refuses a cache of another dataset."""
-    if not cfg.cache_dir:
-        return read_manifest(cfg.path)
-    cached = Path(cfg.cache_dir) / MANIFEST_NAME
-    fetched = _fetch(f"{cfg.path}/{MANIFEST_NAME}", cfg.cache_dir)
-    if cached.is_file() and cached.read_bytes() != fetched.read_bytes():
-        fetched.unlink()
-        raise ConfigError(
-            f"data.cache_dir={cfg.cache_dir} holds shards of another dataset than {cfg.path}: empty it or name another"
-        )
-    os.replace(fetched, cached)
-    return read_manifest(cfg.cache_dir)
-
-
-def _fetch(remote: str, cache_dir: str) -> Path:
-    """A private copy of the remote file in `cache_dir`; the caller moves or removes it."""
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".fetched-", dir=cache_dir)
-    os.close(handle)
-    os.unlink(name)  # the downloader leaves a file that exists alone
-    try:
-        downloader = CloudDownloader.get(remote if "://" in remote else None)
-        downloader.download(remote, name)
-    except Exception as error:  # each cloud client raises errors of its own
-        raise FileNotFoundError(f"{remote} cannot be fetched: {error!r}. Is data.path right, and reachable?") from error
-    return Path(name)
 
 
 def _identity(batch: Any) -> Any:

@@ -143,8 +143,8 @@ def _read_launcher() -> None:
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         env["MASTER_PORT"] = str(_free_port())
-    env.setdefault("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])
-    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in env]
     if missing:
         raise ConfigError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, srun, or neither")
 

@@ -50,36 +50,49 @@ def save(engine: Engine, cfg: RunConfig, ranks: Ranks, state: RunState) -> Path:
 def resume(engine: Engine, cfg: RunConfig, ranks: Ranks) -> RunState | None:
     """Load what `cfg.checkpoint.resume` asks for into the engine; returns where the run stands, None for a fresh start.
 
-    With "auto", checkpoints that are damaged or incomplete are skipped with a warning that says what is wrong with them.
-    Raises CheckpointError where a named checkpoint is, or where every one is damaged: starting anew over them is for
-    people to decide.
+    With "auto", checkpoints that are damaged or incomplete are skipped with a warning that says what is wrong with them,
+    and set aside once a whole one was found. Raises CheckpointError where a named checkpoint is damaged, or where every
+    one is: starting anew over them is for people to decide. Raises ConfigError where run_dir holds later checkpoints than
+    the one to start from: pruning and the next "auto" would take those for this run's.
     """
-    if cfg.checkpoint.resume == "never":
-        return None
-    named = cfg.checkpoint.resume != "auto"
     root = checkpoint.checkpoint_dir(cfg.run_dir)
-    found = ranks.gather_objects(checkpoint.candidates(root) if ranks.is_main and not named else [])[0]
-    folders = [Path(cfg.checkpoint.resume)] if named else found
-    for folder in folders:
+    found: list[Path] = ranks.gather_objects(checkpoint.candidates(root) if ranks.is_main else [])[0]
+    choice = cfg.checkpoint.resume
+    if choice == "never":
+        _refuse_later(found, -1, root)
+        return None
+    damaged: list[Path] = []
+    for folder in found if choice == "auto" else [Path(choice)]:
         try:
             reader = _attempt(ranks, partial(_open_verified, folder, ranks))
         except CheckpointError as error:
-            if named:
+            if choice != "auto":
                 raise
             if ranks.is_main:
                 logger.warning("skipping checkpoint %s: %s", folder.name, error)
+            damaged.append(folder)
             continue
         reader.check_model(cfg.model)
+        _refuse_later([path for path in found if path not in damaged], reader.state.step, root)
+        _attempt(ranks, partial(checkpoint.set_aside, damaged if ranks.is_main else []))
         _load(engine, reader, cfg.model.n_heads, ranks)
         if ranks.is_main:
             logger.info("resumed from %s: step %d, %d tokens", folder, reader.state.step, reader.state.tokens)
         return reader.state
-    if folders:
+    if damaged:
         raise CheckpointError(
-            f"every checkpoint in {root} is damaged (see the warnings above): mend or remove them, or set "
-            "checkpoint.resume=never to start anew"
+            f"every checkpoint in {root} is damaged (see the warnings above): mend or remove them to start anew"
         )
     return None
+
+
+def _refuse_later(found: list[Path], step: int, root: Path) -> None:
+    later = [path.name for path in found if path.name > checkpoint.step_name(step)] if step >= 0 else found
+    if later:
+        raise ConfigError(
+            f"{root} holds {len(later)} checkpoints after step {max(step, 0)}, where this run is to start: give it a "
+            "run_dir of its own, or remove them"
+        )
 
 
 def _attempt(ranks: Ranks, work: Callable[[], T]) -> T:

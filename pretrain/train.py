@@ -20,7 +20,8 @@ from pretrain import resume
 from pretrain.checkpoint import RunState
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
-from pretrain.data import Batch, TokenLoader, check_dataset, validation_batches
+from pretrain.data import Batch, TokenLoader, validation_batches
+from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import validation_losses

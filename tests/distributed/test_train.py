@@ -217,6 +217,23 @@ def test_auto_resume_skips_a_damaged_checkpoint_and_never_starts_over_all_of_the
         run_ranks(2, train.main, cfg)
 
 
+def test_pruning_never_takes_what_was_just_written_for_old(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path, checkpoint={"every_steps": 2, "keep_last": 2})
+    run_ranks(1, train.main, cfg)
+    root = checkpoint.checkpoint_dir(cfg.run_dir)
+    for folder in checkpoint.candidates(root):
+        if folder.name != "step_00000008":
+            damage(folder / "rank_00000.safetensors")
+    run_ranks(1, train.main, cfg)
+    assert [path.name for path in checkpoint.candidates(root)] == ["step_00000010", "step_00000008"]
+    assert (root / "damaged-step_00000010").is_dir()
+    earlier = run_config(dataset, tmp_path, checkpoint={"resume": str(root / "step_00000008")})
+    with pytest.raises(RankFailedError, match=r"holds 1 checkpoints after step 8"):
+        run_ranks(1, train.main, earlier)
+    with pytest.raises(RankFailedError, match=r"holds 2 checkpoints after step 0"):
+        run_ranks(1, train.main, run_config(dataset, tmp_path, checkpoint={"resume": "never"}))
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
     cfg = run_config(dataset, tmp_path, optim={"steps": 3})
     run_ranks(1, train.main, cfg)

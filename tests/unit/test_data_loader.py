@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from data_prep.shard_schema import Manifest
 from data_prep.shard_writer import ShardLayout, SplitState, SplitWriter, write_atomic, write_index
 from pretrain.config import ConfigError, DataConfig
-from pretrain.data import RowOrder, TokenLoader, _MicroBatches, check_dataset, validation_batches
+from pretrain.data import RowOrder, TokenLoader, _MicroBatches, validation_batches
+from pretrain.dataset_check import check_dataset
 from pretrain.shard_store import DatasetError
 
 VOCAB, EOS, ROW = 300, 0, 16
