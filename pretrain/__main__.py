@@ -37,13 +37,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # What is heavy to import comes after what can fail quickly: a mistyped key is reported at once.
     from pretrain.checkpoint import CheckpointError
+    from pretrain.distributed import RankError
     from pretrain.shard_store import DatasetError
     from pretrain.train import NonFiniteError
     from pretrain.train import main as train
 
     try:
         return train(cfg)
-    except (ConfigError, CheckpointError, DatasetError, NonFiniteError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, DatasetError, NonFiniteError, RankError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may wait in a collective for this one; leaving without clean-up lets the launcher end them.
         os._exit(1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,13 @@ from pretrain.config import ConfigError
 
 START_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a collective waits for a rank before the job fails."""
+
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Work that every rank was to do failed on some; the message names them and what each said."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,23 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
-    def barrier(self) -> None:
-        """Wait for all ranks, on the CPU."""
-        dist.barrier(group=self.cpu_group)
+    def attempt(self, work: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+        """`work()` on every rank; returns this rank's result. Every rank must call.
+
+        Raises RankError on all of them where it raised one of `errors` on any: no rank goes on alone into a collective.
+        """
+        result, said = None, None
+        try:
+            result = work()
+        except errors as error:
+            said = str(error)
+        ranks_by_message: dict[str, list[int]] = {}
+        for rank, message in enumerate(self.gather_objects(said)):
+            if message is not None:
+                ranks_by_message.setdefault(message, []).append(rank)
+        if ranks_by_message:
+            raise RankError("; ".join(f"{_name(ranks)}: {message}" for message, ranks in ranks_by_message.items()))
+        return cast(T, result)
 
 
 def init_ranks(tensor_parallel: int) -> Ranks:
@@ -106,6 +128,12 @@ class Mpu:
     get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
     get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+
+
+def _name(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"rank {ranks[0]} and {len(ranks) - 1} more"
 
 
 def _device(local_rank: int) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Piece, Reader, RunState
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_plain
-from pretrain.distributed import Ranks
+from pretrain.distributed import RankError, Ranks
 from pretrain.engine import Engine
 from pretrain.provenance import git_commit, versions
 
@@ -96,16 +96,10 @@ def _refuse_later(found: list[Path], step: int, root: Path) -> None:
 
 
 def _attempt(ranks: Ranks, work: Callable[[], T]) -> T:
-    """`work()`'s result on this rank; CheckpointError on all ranks where it failed on any."""
-    result, error = None, None
     try:
-        result = work()
-    except (OSError, CheckpointError) as caught:
-        error = f"rank {ranks.rank}: {caught}"
-    errors = [text for text in ranks.gather_objects(error) if text is not None]
-    if errors:
-        raise CheckpointError("; ".join(errors))
-    return cast(T, result)
+        return ranks.attempt(work, (OSError, CheckpointError))
+    except RankError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _open_verified(folder: Path, ranks: Ranks) -> Reader:

@@ -56,7 +56,9 @@ class RowStore:
         local = cache_dir or path
         self.folder = Path(local) / split
         with _one_at_a_time_on_this_node():
-            self._dataset = StreamingDataset(remote=path if cache_dir else None, local=local, split=split, predownload=1)
+            self._dataset = StreamingDataset(
+                remote=path if cache_dir else None, local=local, split=split, predownload=1
+            )
         self.rows_per_shard: NDArray[np.int64] = self._dataset.samples_per_shard.copy()
         self._files: list[Any] = [shard.raw_data for shard in self._dataset.shards]  # type: ignore[attr-defined]
         self._checked: set[int] = set()

@@ -162,11 +162,11 @@ def main(cfg: RunConfig) -> int:
     """Build everything in order, train, and return the exit code. Every rank must call."""
     ranks = init_ranks(cfg.parallel.tensor)
     _set_up_logging(ranks)
+    _check_same_config(cfg, ranks)
     cfg.grad_accum_steps(ranks.world_size)  # raises where tokens_per_step does not divide
-    check_dataset(cfg.data, cfg.model.vocab_size)
+    ranks.attempt(lambda: check_dataset(cfg.data, cfg.model.vocab_size), (ValueError, OSError))
     stop = StopFlag()
-    if ranks.is_main:
-        _record_start(cfg)
+    ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
     if cfg.deterministic:
         _be_deterministic()
 
@@ -230,6 +230,18 @@ def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
     if cfg.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+
+
+def _check_same_config(cfg: RunConfig, ranks: Ranks) -> None:
+    """Raise ConfigError on all ranks, naming a rank and a line, where their configs differ."""
+    first, *others = (text.splitlines() for text in ranks.gather_objects(config_to_yaml(cfg)))
+    for rank, lines in enumerate(others, 1):
+        differing = [f"{a.strip()} / {b.strip()}" for a, b in zip(first, lines, strict=False) if a != b]
+        if lines != first:
+            raise ConfigError(
+                f"rank {rank} runs another config than rank 0: {'; '.join(differing[:3]) or 'one has more keys'}. "
+                "Start all ranks with the same file and overrides"
+            )
 
 
 def _record_start(cfg: RunConfig) -> None:

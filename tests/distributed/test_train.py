@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,27 @@ def test_bad_data_ends_every_rank_before_a_step(
     assert "rank 0:" in str(caught.value)
     assert "rank 1:" in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def train_with_a_rate_of_its_own(cfg: RunConfig) -> int:
+    rank = int(os.environ["RANK"])
+    return train.main(replace(cfg, optim=replace(cfg.optim, lr=1e-2 * (1 + rank))))
+
+
+def test_ranks_that_disagree_on_the_config_all_end(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RankFailedError, match=r"rank 1 runs another config than rank 0: lr: 0\.01 / lr: 0\.02"
+    ) as caught:
+        run_ranks(2, train_with_a_rate_of_its_own, run_config(dataset, tmp_path))
+    assert str(caught.value).count("ConfigError: rank 1 runs another") == 2
+
+
+def test_a_run_folder_that_cannot_be_written_ends_every_rank(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cfg = run_config(dataset, tmp_path / "file" / "run")
+    with pytest.raises(RankFailedError, match=r"run_dir=.* cannot be written") as caught:
+        run_ranks(2, train.main, cfg)
+    assert str(caught.value).count("RankError: rank 0: run_dir=") == 2, "both ranks say which one it was"
 
 
 def evaluation(cfg: RunConfig) -> list[Record]:
