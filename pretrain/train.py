@@ -104,11 +104,12 @@ def train(run: Run) -> int:
                 "train", run.meter.record(step=run.state.step, tokens=run.state.tokens, lr=lr, grad_norm=grad_norm)
             )
         with run.meter.pause():
-            if run.due(cfg.logging.eval_every_steps) or last:
-                evaluate(run)
+            # Saved before it is evaluated: a run told to stop may have seconds left.
             if run.due(cfg.checkpoint.every_steps) or last or stopped:
                 folder = resume.save(run.engine, cfg, ranks, run.state)
                 run.report("event", {"step": run.state.step, "event": f"saved {folder}"})
+            if run.due(cfg.logging.eval_every_steps) or last:
+                evaluate(run)
         run.progress.advance(run.state.step)
         if stopped and not last:
             run.report("event", {"step": run.state.step, "event": "stopped by a signal"})
