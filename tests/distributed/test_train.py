@@ -301,6 +301,19 @@ def test_a_run_folder_that_cannot_be_written_ends_every_rank(dataset: Path, tmp_
     assert str(caught.value).count("RankError: rank 0: run_dir=") == 2, "both ranks say which one it was"
 
 
+def deterministic_losses(cfg: RunConfig) -> list[Any]:
+    train.main(cfg)
+    assert torch.are_deterministic_algorithms_enabled()
+    return losses(cfg)
+
+
+def test_two_deterministic_runs_are_bitwise_equal(dataset: Path, tmp_path: Path) -> None:
+    first, second = (
+        run_ranks(2, deterministic_losses, run_config(dataset, tmp_path / name, deterministic=True)) for name in "ab"
+    )
+    assert first == second
+
+
 def evaluation(cfg: RunConfig) -> list[Record]:
     train.main(cfg)
     return [record for record in read_metrics(Path(cfg.run_dir) / "metrics.jsonl") if record["kind"] == "eval"]
