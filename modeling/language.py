@@ -16,14 +16,18 @@ from torch.utils.checkpoint import checkpoint
 from modeling import nesting
 from modeling.config import LanguageConfig
 from modeling.mixer import Mixer, MixerState, initial_values
-from modeling.ops.norm import rms_norm
+from modeling.ops.norm import add_rms_norm
 from modeling.tensor_parallel import Layout, TensorParallel, layout_of, local_part
 
 EMBEDDING_STD = 0.02
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)); the residual stream stays float32."""
+    """Add the branch before it, then norm and mix: x + branch, mixer(norm(x + branch)).
+
+    Blocks hand on the residual stream (float32) and what is yet to be added to it, so that the addition and the next
+    norm are one pass over memory.
+    """
 
     def __init__(self, cfg: LanguageConfig, tp: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,11 +36,16 @@ class Block(nn.Module):
         self.mixer = Mixer(cfg, tp, dtype)
 
     def forward(
-        self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None = None, state: MixerState | None = None
-    ) -> Tensor:
-        """The float32 residual stream after this block, with the mixer's first `n_heads` heads."""
-        normed_btd = rms_norm(x_btd, self.norm, eps=self.eps, dtype=self.dtype)
-        return x_btd + self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state)
+        self,
+        x_btd: Tensor,
+        branch_btd: Tensor | None,
+        n_heads: int,
+        seq_idx_bt: Tensor | None = None,
+        state: MixerState | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream with `branch_btd` (None: nothing) added, and this block's own branch at `n_heads` heads."""
+        x_btd, normed_btd = add_rms_norm(x_btd, branch_btd, self.norm, eps=self.eps, dtype=self.dtype)
+        return x_btd, self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state)
 
 
 class LanguageModel(nn.Module):
@@ -76,16 +85,17 @@ class LanguageModel(nn.Module):
         read and overwritten. All ranks of `tp` must call. Raises ValueError where `widths` does not fit the model.
         """
         nesting.check_layer_widths(widths, self.cfg.n_heads, self.cfg.n_layers, self.tp.size)
-        x_btd = self._embed(tokens_bt)
+        x_btd, branch_btd = self._embed(tokens_bt), None
         for layer, block in enumerate(self.blocks):
             if self.recompute and states is None and torch.is_grad_enabled():
                 # Nothing in a block is random, so there is no generator to put back.
-                x_btd = checkpoint(
-                    block, x_btd, widths[layer], seq_idx_bt, use_reentrant=False, preserve_rng_state=False
+                x_btd, branch_btd = checkpoint(
+                    block, x_btd, branch_btd, widths[layer], seq_idx_bt, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_btd = block(x_btd, widths[layer], seq_idx_bt, None if states is None else states[layer])
-        return rms_norm(x_btd, self.final_norm, eps=self.cfg.norm_eps, dtype=self.dtype)
+                state = None if states is None else states[layer]
+                x_btd, branch_btd = block(x_btd, branch_btd, widths[layer], seq_idx_bt, state)
+        return add_rms_norm(x_btd, branch_btd, self.final_norm, eps=self.cfg.norm_eps, dtype=self.dtype)[1]
 
     def logits(self, hidden_btd: Tensor) -> Tensor:
         """Scores of this rank's vocabulary rows, float32, shape b t v; padding rows beyond cfg.vocab_size included."""

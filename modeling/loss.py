@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.language import LanguageModel
+from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
 from modeling.tensor_parallel import TensorParallel
 
 TOKENS_PER_PIECE = 8192
@@ -85,6 +86,28 @@ def _log_sum_exp(logits_mv: Tensor, tp: TensorParallel) -> Tensor:
     return peak_m1 + torch.log(tp.leave(torch.exp(logits_mv - peak_m1).sum(-1, keepdim=True)))
 
 
+def _cross_entropy_piece(
+    hidden_md: Tensor,
+    head_vd: Tensor,
+    local_targets_m: Tensor,
+    n_tokens: int,
+    tp: TensorParallel,
+    grad_hidden_md: Tensor | None,
+    grad_head_vd: Tensor | None,
+) -> Tensor:
+    """This piece's share of the mean cross-entropy by our Triton kernels; gradients written to, and added to, the last
+    two. The logits' gradient takes the place of the logits."""
+    logits_mv = F.linear(hidden_md, head_vd)
+    peak_m, sum_m, picked_m = softmax_statistics(logits_mv, local_targets_m)
+    highest_m = tp.maximum(peak_m)
+    sum_m, picked_m = tp.leave(torch.stack([sum_m * torch.exp(peak_m - highest_m), picked_m])).unbind()
+    if grad_hidden_md is not None and grad_head_vd is not None:
+        write_gradient(logits_mv, local_targets_m, highest_m, sum_m, 1.0 / n_tokens)
+        torch.mm(logits_mv, head_vd, out=grad_hidden_md)
+        grad_head_vd += logits_mv.T @ hidden_md
+    return (highest_m + torch.log(sum_m) - picked_m).sum() / n_tokens
+
+
 class _PiecewiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -106,6 +129,18 @@ class _PiecewiseLoss(torch.autograd.Function):
         grad_head_vd = torch.zeros(head_vd.shape, dtype=torch.float32, device=head_vd.device) if needs_grad else None
         for start in range(0, n_tokens, TOKENS_PER_PIECE):
             piece = slice(start, start + TOKENS_PER_PIECE)
+            if hidden_md.is_cuda and teacher_md is None:
+                total += _cross_entropy_piece(
+                    hidden_md[piece],
+                    head_vd,
+                    local_targets_m[piece],
+                    n_tokens,
+                    tp,
+                    None if grad_hidden_md is None else grad_hidden_md[piece],
+                    grad_head_vd,
+                )
+                next_token.copy_(total)
+                continue
             with torch.set_grad_enabled(needs_grad):
                 hidden, head = hidden_md[piece].detach(), head_vd.detach()
                 if needs_grad:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from modeling import nesting
 from modeling.config import BackboneConfig
-from modeling.ops import norm
+from modeling.ops import kernels, norm
 from modeling.ops.conv import causal_conv_silu
+from modeling.ops.fused_mixer import MixerWeights, Shape, fused_mixer
 from modeling.ops.ssd import ssd
 from modeling.tensor_parallel import TensorParallel
 
@@ -74,6 +75,20 @@ class Mixer(nn.Module):
         `seq_idx_bt` numbers documents that must not see each other. `state`, where given, is read as the past and
         overwritten with the present, so that a sequence can be fed in pieces of any length. All ranks of `tp` must call.
         """
+        if state is None and kernels.usable(x_btd, self.cfg.headdim, self.cfg.d_state, self.cfg.d_conv):
+            return self._fused(x_btd, n_heads, seq_idx_bt)
+        return self._plain(x_btd, n_heads, seq_idx_bt, state)
+
+    def _fused(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None) -> Tensor:
+        cfg, tp = self.cfg, self.tp
+        shared = ("in_bc", "conv_bc", "conv_bc_bias")
+        weights = [tp.share(getattr(self, f)) if f in shared else getattr(self, f) for f in MixerWeights._fields]
+        heads = nesting.local_heads(n_heads, tp.size)
+        shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps)
+        total = tp.total if tp.size > 1 else None
+        return tp.leave(fused_mixer(tp.enter(x_btd), MixerWeights(*weights), shape, seq_idx_bt=seq_idx_bt, total=total))
+
+    def _plain(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, state: MixerState | None) -> Tensor:
         cfg, tp = self.cfg, self.tp
         heads = nesting.local_heads(n_heads, tp.size)
         inner, bc = heads * cfg.headdim, 2 * cfg.d_state

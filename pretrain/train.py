@@ -15,6 +15,7 @@ import torch
 
 from modeling.language import LanguageModel
 from modeling.nesting import width_name
+from modeling.ops.kernels import why_not
 from modeling.ops.upstream import chunk_scan
 from pretrain import resume
 from pretrain.checkpoint import RunState
@@ -198,7 +199,7 @@ def main(cfg: RunConfig) -> int:
         n_sequences=cfg.logging.eval_sequences,
     )
     meter = StepMeter(cfg, ranks)
-    logger.info("%s, %s; %s", meter.peak_source, _scan_path(ranks.device), f"{dtype} compute")
+    logger.info("%s, %s; %s", meter.peak_source, _mixer_path(cfg, ranks.device), f"{dtype} compute")
     with TrainingProgress(start_step=state.step, n_steps=cfg.optim.steps, enabled=ranks.is_main) as progress:
         run = Run(
             cfg=cfg,
@@ -221,9 +222,12 @@ def main(cfg: RunConfig) -> int:
     return code
 
 
-def _scan_path(device: torch.device) -> str:
-    fused = device.type == "cuda" and chunk_scan() is not None
-    return "scan: mamba-ssm's Triton kernels" if fused else "scan: plain PyTorch"
+def _mixer_path(cfg: RunConfig, device: torch.device) -> str:
+    why = why_not(device, cfg.model.headdim, cfg.model.d_state, cfg.model.d_conv)
+    if why is None:
+        return "mixer: fused Triton kernels"
+    scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"
+    return f"mixer: {scan} ({why})"
 
 
 def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:

@@ -6,14 +6,59 @@ The gated norm covers all channels of the width in use, which tensor parallelism
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from modeling.ops.kernels.residual_norm import residual_norm_backward, residual_norm_forward
 
 
 def rms_norm(x_btd: Tensor, weight_d: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
     """x / rms(x) * weight over the last dim, computed in float32, returned in `dtype`."""
     return F.rms_norm(x_btd.float(), weight_d.shape, weight_d.float(), eps).to(dtype)
+
+
+def add_rms_norm(
+    x_btd: Tensor, branch_btd: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + branch (float32), and its RMSNorm in `dtype`: one pass over memory on a GPU. No branch adds nothing.
+
+    `x_btd` is float32, `branch_btd` of any dtype.
+    """
+    if not x_btd.is_cuda:
+        total_btd = x_btd if branch_btd is None else x_btd + branch_btd
+        return total_btd, rms_norm(total_btd, weight_d, eps=eps, dtype=dtype)
+    return add_rms_norm_fused(x_btd, branch_btd, weight_d, eps=eps, dtype=dtype)
+
+
+def add_rms_norm_fused(
+    x_btd: Tensor, branch_btd: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` by our Triton kernels."""
+    total_btd, normed_btd = _AddNorm.apply(x_btd, branch_btd, weight_d, eps, dtype)
+    return total_btd, normed_btd
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        branch = None if branch is None else branch.contiguous()
+        total, out, scale = residual_norm_forward(x.contiguous(), branch, weight, eps=eps, dtype=dtype)
+        ctx.save_for_backward(total, weight, scale)
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)
+        return (total.view_as(total) if branch is None else total), out
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, scale = ctx.saved_tensors
+        grad_total = None if grad_total is None else grad_total.contiguous()
+        grads = residual_norm_backward(grad_out.contiguous(), grad_total, total, weight, scale, ctx.branch_dtype)
+        return (*grads, None, None)
 
 
 def gate(y_bti: Tensor, z_bti: Tensor) -> Tensor:

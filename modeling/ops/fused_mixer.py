@@ -1,0 +1,163 @@
+"""A whole mixer as one operation on our Triton kernels, with one backward pass of its own.
+
+What it saves beside the plain path: each activation is read and written once by each of convolution, scan, gate and
+norm; backward writes every part of the projection's gradient in place; and a width costs a few launches, not a hundred
+small ones for slices, casts and their gradients.
+
+Letters: b batch, t time, d model, i inner (the width's channels), h heads, c channels of the convolution, n state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.ops.kernels.conv import conv_backward, conv_forward
+from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
+from modeling.ops.kernels.scan_backward import scan_backward
+from modeling.ops.kernels.scan_common import time_steps
+from modeling.ops.kernels.scan_forward import scan_forward
+from modeling.ops.kernels.weights import gather_projection, scatter_projection
+
+
+class MixerWeights(NamedTuple):
+    """All parameters of a mixer at its full width (this rank's part), float32, named as in modeling.mixer.Mixer."""
+
+    in_z: Tensor
+    in_x: Tensor
+    in_bc: Tensor
+    in_dt: Tensor
+    conv_x: Tensor
+    conv_x_bias: Tensor
+    conv_bc: Tensor
+    conv_bc_bias: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    gated_norm: Tensor
+    out: Tensor
+
+
+class Shape(NamedTuple):
+    """Which part of the weights runs, and the norm's constants."""
+
+    heads: int
+    """Heads of the width on this rank."""
+    headdim: int
+    n_channels: int
+    """Channels that the gated norm averages over: those of all ranks."""
+    eps: float
+
+
+Total = Callable[[Tensor], Tensor]
+"""Sums a statistic over the ranks that share the channels."""
+
+
+def fused_mixer(
+    x_btd: Tensor, weights: MixerWeights, shape: Shape, *, seq_idx_bt: Tensor | None = None, total: Total | None = None
+) -> Tensor:
+    """This rank's share of the mixer's output (x's shape and dtype), from a zero state; autograd goes through it.
+
+    Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
+    every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
+    """
+    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, torch.is_grad_enabled())
+    return out
+
+
+class _FusedMixer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        weights, (shape, seq_idx, total, grad_enabled) = MixerWeights(*args[:13]), args[13:]
+        heads, headdim = shape.heads, shape.headdim
+        inner, bc = heads * headdim, weights.in_bc.shape[0]
+        projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
+        projected = F.linear(x, projection)
+        z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
+        mixed = conv_forward(xbc, _taps(weights), seq_idx)
+        delta, decay = time_steps(dt, weights.dt_bias, weights.A_log)
+        y, states = scan_forward(
+            mixed, delta, decay, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx, keep_states=grad_enabled
+        )
+        sums = None if total is None else total(square_sums(y, z))
+        normed, sums = gated_norm_forward(y, z, weights.gated_norm, sums, n_channels=shape.n_channels, eps=shape.eps)
+        out_weight = weights.out[:, :inner].to(x.dtype)
+        ctx.save_for_backward(
+            x, *weights, projection, projected, mixed, delta, decay, y, states, sums, normed, out_weight, seq_idx
+        )
+        ctx.shape, ctx.total = shape, total
+        return F.linear(normed, out_weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights = ctx.saved_tensors[0], MixerWeights(*ctx.saved_tensors[1:14])
+        projection, projected, mixed, delta, decay, y, states, sums, normed, out_weight, seq_idx = ctx.saved_tensors[
+            14:
+        ]
+        shape, total = ctx.shape, ctx.total
+        heads, headdim = shape.heads, shape.headdim
+        inner, bc = heads * headdim, weights.in_bc.shape[0]
+        full_heads = weights.D.shape[0]
+        grad_md = grad.flatten(0, 1)
+        grad_out = torch.zeros_like(weights.out) if heads < full_heads else torch.empty_like(weights.out)
+        grad_out[:, :inner] = grad_md.T @ normed.flatten(0, 1)
+        grad_normed = (grad_md @ out_weight).view_as(normed)
+
+        grad_projected = torch.empty_like(projected)
+        parts = [inner, inner + bc, heads]
+        z, xbc, _ = projected.split(parts, dim=-1)
+        grad_z, grad_xbc, grad_dt = grad_projected.split(parts, dim=-1)
+        dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm))
+        grad_y, grad_norm = gated_norm_backward(
+            grad_normed, y, z, weights.gated_norm, sums, dots, grad_z, n_channels=shape.n_channels, eps=shape.eps
+        )
+        grad_mixed, grad_A_log, grad_bias, grad_D = scan_backward(
+            grad_y,
+            mixed,
+            delta,
+            decay,
+            states,
+            weights.A_log,
+            weights.D,
+            grad_dt,
+            heads=heads,
+            headdim=headdim,
+            seq_idx_bt=seq_idx,
+        )
+        grad_conv, grad_conv_bias = conv_backward(grad_mixed, xbc, _taps(weights), seq_idx, grad_xbc)
+        grad_projected_me = grad_projected.flatten(0, 1)
+        grad_x = (grad_projected_me @ projection).view_as(x)
+        grad_in = scatter_projection(
+            grad_projected_me.T @ x.flatten(0, 1), heads=heads, headdim=headdim, full_heads=full_heads, bc=bc
+        )
+        return (
+            grad_x,
+            *grad_in,
+            _padded(grad_conv[:inner], weights.conv_x),
+            _padded(grad_conv_bias[:inner], weights.conv_x_bias),
+            grad_conv[inner:],
+            grad_conv_bias[inner:],
+            _padded(grad_bias, weights.dt_bias),
+            _padded(grad_A_log, weights.A_log),
+            _padded(grad_D, weights.D),
+            _padded(grad_norm, weights.gated_norm),
+            grad_out,
+            *(None,) * 4,
+        )
+
+
+def _taps(weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return weights.conv_x, weights.conv_x_bias, weights.conv_bc, weights.conv_bc_bias
+
+
+def _padded(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a weight's first rows as one of the whole weight."""
+    if len(grad) == len(weight):
+        return grad
+    whole = torch.zeros_like(weight)
+    whole[: len(grad)] = grad
+    return whole

@@ -1,0 +1,25 @@
+"""Our Triton kernels, one operation a file: the kernel and the function that launches it. No autograd in here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modeling.ops.kernels.tiles import refusal
+
+OLDEST_GPU = (8, 0)
+"""Compute capability from which on the kernels run: Ampere, the first with bfloat16 matrix units."""
+
+
+def usable(x: Tensor, headdim: int, d_state: int, d_conv: int) -> bool:
+    """Whether the mixer's kernels run where `x` lives."""
+    return x.is_cuda and why_not(x.device, headdim, d_state, d_conv) is None
+
+
+def why_not(device: torch.device, headdim: int, d_state: int, d_conv: int) -> str | None:
+    """Why the plain path runs instead of the mixer's kernels, or None where they do."""
+    if device.type != "cuda":
+        return "no GPU"
+    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return f"the GPU is older than compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    return refusal(headdim, d_state, d_conv)

@@ -1,0 +1,74 @@
+"""The input projection's weight at a width: the first rows of its four parts, cast and laid one after another; and back.
+
+Letters: e rows of the projection (z, x, B and C, dt), d model.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def _gather(z_ptr, x_ptr, bc_ptr, dt_ptr, out_ptr, inner, bc, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < width
+    after_x = row - 2 * inner
+    of_z = live & (row + column * 0 < inner)
+    of_x = live & (row + column * 0 >= inner) & (after_x + column * 0 < 0)
+    of_bc = live & (after_x + column * 0 >= 0) & (after_x + column * 0 < bc)
+    of_dt = live & (after_x + column * 0 >= bc)
+    value = tl.load(z_ptr + row.to(tl.int64) * width + column, mask=of_z, other=0.0)
+    value += tl.load(x_ptr + (row - inner).to(tl.int64) * width + column, mask=of_x, other=0.0)
+    value += tl.load(bc_ptr + after_x.to(tl.int64) * width + column, mask=of_bc, other=0.0)
+    value += tl.load(dt_ptr + (after_x - bc).to(tl.int64) * width + column, mask=of_dt, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * width + column, value.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _scatter(grad_ptr, out_ptr, inner, heads, full_inner, bc, full_heads, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < width
+    # Where this row of the full parts, one after another, lies in the gradient of the width; -1 where it is not in it.
+    source = tl.where(row < inner, row, -1)
+    of_x = row - full_inner
+    source = tl.where((of_x >= 0) & (of_x < inner), of_x + inner, source)
+    of_bc = of_x - full_inner
+    source = tl.where((of_bc >= 0) & (of_bc < bc), of_bc + 2 * inner, source)
+    of_dt = of_bc - bc
+    source = tl.where((of_dt >= 0) & (of_dt < heads), of_dt + 2 * inner + bc, source)
+    used = live & (source + column * 0 >= 0)
+    value = tl.load(grad_ptr + source.to(tl.int64) * width + column, mask=used, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * width + column, value.to(tl.float32), mask=live)
+
+
+def gather_projection(
+    z_id: Tensor, x_id: Tensor, bc_cd: Tensor, dt_hd: Tensor, *, heads: int, headdim: int, dtype: torch.dtype
+) -> Tensor:
+    """[z | x | B C | dt] of the first `heads` heads, shape e d, in `dtype`."""
+    inner, bc, width = heads * headdim, bc_cd.shape[0], z_id.shape[1]
+    rows = 2 * inner + bc + heads
+    out = torch.empty(rows, width, dtype=dtype, device=z_id.device)
+    _gather[(rows, triton.cdiv(width, BLOCK))](z_id, x_id, bc_cd, dt_hd, out, inner, bc, width, BLOCK=BLOCK)
+    return out
+
+
+def scatter_projection(
+    grad_ed: Tensor, *, heads: int, headdim: int, full_heads: int, bc: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of `gather_projection`'s result as float32 gradients of the whole z, x, B C and dt: zero where unused."""
+    width = grad_ed.shape[1]
+    full_inner = full_heads * headdim
+    rows = [full_inner, full_inner, bc, full_heads]
+    out = torch.empty(sum(rows), width, dtype=torch.float32, device=grad_ed.device)
+    _scatter[(sum(rows), triton.cdiv(width, BLOCK))](
+        grad_ed, out, heads * headdim, heads, full_inner, bc, full_heads, width, BLOCK=BLOCK
+    )
+    z, x, bc_grad, dt = out.split(rows)
+    return z, x, bc_grad, dt

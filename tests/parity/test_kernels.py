@@ -1,0 +1,213 @@
+"""Our Triton kernels against plain PyTorch in float32: outputs and every gradient, with memory poisoned beforehand.
+
+On a machine without a GPU the kernels run in Triton's interpreter, on small shapes and in float32 and float16 (the
+interpreter cannot multiply bfloat16); on a GPU in float32 and bfloat16 at real shapes too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.config import BackboneConfig
+from modeling.mixer import Mixer, initial_values
+from modeling.ops import ssd as ssd_module
+from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
+from modeling.ops.norm import add_rms_norm_fused, rms_norm
+from modeling.tensor_parallel import TensorParallel
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+LOW = torch.bfloat16 if GPU else torch.float16
+
+# Relative errors; one head alone has no gradient of D, since the norm undoes any scale. Float32: rounding of sums in another order; a per-head gradient adds thousands of terms of both signs.
+# bfloat16 keeps 8 bits: each tensor between two kernels is rounded at 2^-9 = 2e-3. float16 keeps three bits more.
+BOUNDS = {torch.float32: (1e-5, 5e-5), torch.float16: (4e-3, 2e-2), torch.bfloat16: (1e-2, 3e-2)}
+PER_HEAD = ("A_log", "D", "dt_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mixer and input."""
+
+    heads: int
+    headdim: int
+    d_state: int
+    t: int
+    width: int
+    documents: bool = False
+    ranks: int = 1
+
+    def __str__(self) -> str:
+        docs = ", documents" if self.documents else ""
+        return (
+            f"{self.width} of {self.heads} heads of {self.headdim}, n {self.d_state}, t {self.t}, tp {self.ranks}{docs}"
+        )
+
+
+SMALL = [
+    Case(heads=4, headdim=24, d_state=16, t=130, width=2),
+    Case(heads=3, headdim=24, d_state=16, t=63, width=3, documents=True),
+    Case(heads=3, headdim=64, d_state=32, t=65, width=2),
+    Case(heads=3, headdim=48, d_state=16, t=1, width=2),
+    Case(heads=3, headdim=16, d_state=16, t=131, width=3, documents=True),
+    Case(heads=4, headdim=32, d_state=16, t=70, width=2, ranks=2),
+]
+LARGE = [
+    Case(heads=64, headdim=headdim, d_state=128, t=t, width=width, documents=documents)
+    for headdim, t, width, documents in [
+        (24, 1023, 64, False),
+        (24, 1024, 8, True),
+        (32, 500, 32, True),
+        (48, 1023, 16, False),
+        (64, 1000, 64, True),
+        (64, 2048, 8, False),
+        (64, 63, 32, False),
+    ]
+]
+
+
+class TwinRank(TensorParallel):
+    """A rank whose partner holds the very same numbers, so that a sum over both is twice its own."""
+
+    def total(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x
+
+
+def documents(batch: int, t: int) -> Tensor:
+    """Documents that end inside chunks, on a chunk's border, and after one step."""
+    ends = torch.tensor([20, 64, 65, 129, 700])
+    return (torch.arange(t)[:, None] >= ends).sum(1).int().expand(batch, t).contiguous()
+
+
+def mixer_of(case: Case, dtype: torch.dtype) -> Mixer:
+    heads = case.heads * case.ranks
+    cfg = BackboneConfig(
+        n_layers=1,
+        d_model=64,
+        headdim=case.headdim,
+        n_heads=heads,
+        widths=(heads,),
+        d_state=case.d_state,
+        chunk_size=32,
+    )
+    mixer = Mixer(cfg, TensorParallel() if case.ranks == 1 else TwinRank(case.ranks), dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in mixer.named_parameters():
+            p.copy_(initial_values(name, tuple(p.shape), cfg, generator))
+            if name in ("D", "gated_norm"):
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    return mixer.to(DEVICE)
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next allocations will take."""
+    held = [torch.full((size,), float("nan"), device=DEVICE) for size in (2**24 if GPU else 2**18, 2**14, 2**10)]
+    del held
+
+
+def results(mixer: Mixer, run: str, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None) -> dict[str, Tensor]:
+    """Output and gradients of a fixed projection of it, by name."""
+    mixer.zero_grad()
+    x_btd = x_btd.detach().to(mixer.dtype).requires_grad_()
+    poison()
+    args = (x_btd, n_heads, seq_idx_bt)
+    out_btd = mixer._fused(*args) if run == "fused" else mixer._plain(*args, None)
+    weight = torch.randn(out_btd.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    (out_btd.float() * weight).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None}
+    assert x_btd.grad is not None
+    return {"out": out_btd.detach(), "x": x_btd.grad, **gradients}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    bound, per_head = BOUNDS[dtype]
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        got = actual[name]
+        assert torch.isfinite(got).all(), f"{name}: not finite"
+        assert got.shape == want.shape, f"{name}: {got.shape} for {want.shape}"
+        error = float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-3))
+        assert error < (per_head if name in PER_HEAD else bound), f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize("case", SMALL + [pytest.param(case, marks=pytest.mark.gpu) for case in LARGE], ids=str)
+def test_fused_mixer_equals_the_plain_one(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case in LARGE and not GPU:
+        pytest.skip("a real shape: waits for a CUDA GPU")
+    monkeypatch.setattr(ssd_module.upstream, "chunk_scan", lambda: None)  # the plain scan, not mamba-ssm's
+    x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    seq_idx_bt = documents(2, case.t).to(DEVICE) if case.documents else None
+    n_heads = case.width * case.ranks
+    expected = results(mixer_of(case, torch.float32), "plain", x_btd.to(dtype).float(), n_heads, seq_idx_bt)
+    fused = mixer_of(case, dtype)
+    actual = results(fused, "fused", x_btd, n_heads, seq_idx_bt)
+    assert_close(actual, expected, dtype)
+    if GPU:
+        again = results(fused, "fused", x_btd, n_heads, seq_idx_bt)
+        assert all(torch.equal(actual[name], again[name]) for name in actual), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize(("shape", "branch"), [((2, 5, 48), True), ((1, 3, 300), False), ((3, 7, 1024), True)])
+def test_residual_norm_equals_the_plain_one(shape: tuple[int, ...], branch: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn() -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    x, weight, w_total, w_out = randn(), nn.Parameter(randn()[0, 0]), randn(), randn()
+    added = randn().to(dtype) if branch else None
+
+    def run(fused: bool) -> dict[str, Tensor]:
+        leaves = [x.clone().requires_grad_(), None if added is None else added.clone().requires_grad_()]
+        weight.grad = None
+        poison()
+        if fused:
+            total, out = add_rms_norm_fused(leaves[0], leaves[1], weight, eps=1e-5, dtype=dtype)
+        else:
+            total = leaves[0] if leaves[1] is None else leaves[0] + leaves[1].float()
+            out = rms_norm(total, weight, eps=1e-5, dtype=torch.float32)
+        ((total * w_total).sum() + (out.float() * w_out).sum()).backward()
+        grads = {f"leaf {i}": leaf.grad for i, leaf in enumerate(leaves) if leaf is not None}
+        return {"total": total.detach(), "out": out.detach(), "weight": weight.grad, **grads}  # type: ignore[dict-item]
+
+    assert_close(run(fused=True), run(fused=False), dtype)
+
+
+@pytest.mark.parametrize(("m", "v"), [(3, 5), (4, 4096), (2, 10000)])
+def test_cross_entropy_equals_torch(m: int, v: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(m, v, generator=generator) * 5).to(DEVICE)
+    targets = torch.randint(0, v, (m,), generator=generator).to(DEVICE)
+    leaf = logits.clone().requires_grad_()
+    expected = F.cross_entropy(leaf, targets, reduction="none")
+    (expected.sum() * 0.25).backward()
+    peak, total, picked = softmax_statistics(logits, targets)
+    torch.testing.assert_close(torch.log(total) + peak - picked, expected.detach(), rtol=1e-5, atol=1e-5)
+    write_gradient(logits, targets, peak, total, 0.25)
+    assert leaf.grad is not None
+    torch.testing.assert_close(logits, leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_target_of_another_rank_is_picked_nowhere() -> None:
+    logits = torch.randn(2, 10).to(DEVICE)
+    targets = torch.tensor([-3, 12]).to(DEVICE)
+    _, _, picked = softmax_statistics(logits, targets)
+    assert picked.tolist() == [0, 0]
+    peak, total, _ = softmax_statistics(logits, targets)
+    expected = torch.softmax(logits, -1)
+    write_gradient(logits, targets, peak, total, 1.0)
+    torch.testing.assert_close(logits, expected)
