@@ -1,0 +1,209 @@
+"""Joint training throughput of ours beside the public MatMamba's, in one process on one GPU.
+
+    python -m tests.perf.compare_reference --reference DIR [--models 130m 370m] [--out docs/benchmarks/compare_reference.json]
+
+DIR holds a checkout of the public code (its `matmamba` package) and whatever that imports and this environment lacks,
+such as `causal_conv1d`, without which its fused path does not run. Both sides do the forward and backward passes of all
+four widths on the same tokens in bfloat16, without optimizer, at the reference's micro-batch; each tokens/s is the
+median of `--steps` steps after warm-up, and counts each token once. A row is a list entry of the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from modeling.config import LanguageConfig
+from modeling.flops import training_flops_per_token
+from modeling.language import LanguageModel
+from modeling.loss import next_token_loss
+from modeling.ops.upstream import allow_import_without_cuda_extension
+from pretrain.provenance import git_commit
+
+VOCAB = 50257
+LEVELS = (1, 2, 4, 8)
+GOALS = {"130m": 3.0, "370m": 3.5, "790m": 3.5, "1b4": 2.5}
+SIZES = {  # layers, d_model, micro-batch of 1024-token rows: the reference's own (arXiv 2410.06718, its scripts)
+    "130m": (24, 768, 64),
+    "370m": (48, 1024, 32),
+    "790m": (48, 1536, 16),
+    "1b4": (48, 2048, 16),
+}
+SEQUENCE = 1024
+Builder = Callable[[str, torch.Tensor], Callable[[int], None]]
+GIB = 2**30
+
+
+def config_of(name: str) -> LanguageConfig:
+    """The paper's language model of this name: 64 heads, trained at 64, 32, 16 and 8."""
+    n_layers, d_model, _ = SIZES[name]
+    return LanguageConfig(n_layers=n_layers, d_model=d_model, widths=(64, 32, 16, 8), vocab_size=VOCAB)
+
+
+def ours(name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:
+    """Forward and backward of one width of ours; the argument is the level, 1 for the full width."""
+    cfg = config_of(name)
+    with torch.device("meta"):
+        model = LanguageModel(cfg, dtype=torch.bfloat16)
+    model = model.to_empty(device="cuda")
+    model.init_weights(0)
+
+    def run(level: int) -> None:
+        hidden_btd = model(tokens_bt[:, :-1], cfg.layer_widths(cfg.n_heads // level))
+        next_token_loss(model, hidden_btd, tokens_bt[:, 1:]).total.backward()
+
+    return run
+
+
+def reference(name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:
+    """The same of the public code, as its training script calls it."""
+    allow_import_without_cuda_extension()
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from matmamba.mixer_seq_simple import MatMambaLMHeadModel
+
+    n_layers, d_model, _ = SIZES[name]
+    cfg = MambaConfig(
+        d_model=d_model,
+        n_layer=n_layers,
+        vocab_size=VOCAB,
+        ssm_cfg={"layer": "MatMamba2"},
+        rms_norm=True,
+        residual_in_fp32=True,
+        fused_add_norm=True,
+        pad_vocab_size_multiple=16,
+    )
+    model = MatMambaLMHeadModel(cfg, device="cuda")
+
+    def run(level: int) -> None:
+        with torch.amp.autocast("cuda", dtype=torch.bfloat16):
+            logits = model(tokens_bt[:, :-1], mrl_level=level).logits
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), tokens_bt[:, 1:].reshape(-1))
+        loss.backward()
+
+    return run
+
+
+def seconds(call: Callable[[], None], steps: int, warm_up: int = 2) -> float:
+    """Median wall time of `call`, GPU work included."""
+    times = []
+    for i in range(warm_up + steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        if i >= warm_up:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(build: Builder, name: str, tokens_bt: torch.Tensor, steps: int) -> dict[str, Any]:
+    """Seconds of a joint step and of each width's share, the first step's seconds, and peak GiB."""
+    result = _measure(build(name, tokens_bt), steps)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def _measure(run: Callable[[int], None], steps: int) -> dict[str, Any]:
+    def joint() -> None:
+        for level in LEVELS:
+            run(level)
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    joint()
+    torch.cuda.synchronize()
+    first_step = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    result: dict[str, Any] = {"first_step": first_step, "joint": seconds(joint, steps)}
+    result["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+    for level in LEVELS:
+        result[str(level)] = seconds(partial(run, level), max(2, steps // 2), 1)
+    return result
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a bfloat16 product of two 8192 x 8192 matrices, the ceiling that MFU is counted against."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16).unbind()
+
+    def product() -> None:
+        torch.mm(a, b)
+
+    return 2 * 8192**3 / seconds(product, 30, 5)
+
+
+def rows_of(name: str, mine: dict[str, Any], theirs: dict[str, Any] | None, rate: float) -> list[dict[str, Any]]:
+    """The JSON rows of one model: the joint step, then each width."""
+    cfg, tokens = config_of(name), SIZES[name][2] * SEQUENCE
+    flops = {str(level): training_flops_per_token(cfg, cfg.layer_widths(cfg.n_heads // level)) for level in LEVELS}
+    flops["joint"] = sum(flops.values())
+    rows = []
+    for width in ("joint", *map(str, LEVELS)):
+        tok_s = tokens / mine[width]
+        rows.append(
+            {
+                "model": name,
+                "width": width if width in ("joint", "1") else f"1/{width}",
+                "reference_tok_s": None if theirs is None else round(tokens / theirs[width]),
+                "ours_tok_s": round(tok_s),
+                "ratio": None if theirs is None else round(theirs[width] / mine[width], 3),
+                "mfu": round(flops[width] * tok_s / rate, 3),
+                "reference_peak_gib": None if theirs is None else round(theirs["peak_gib"], 1),
+                "ours_peak_gib": round(mine["peak_gib"], 1),
+                "ours_first_step_s": round(mine["first_step"], 1),
+                "commit": git_commit(),
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="folder with the public matmamba package; without it ours alone")
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/compare_reference.json"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA GPU: this benchmark needs one")
+    if args.reference is not None:
+        if not (args.reference / "matmamba").is_dir():
+            sys.exit(f"error: {args.reference} has no matmamba package: give a checkout of the public MatMamba")
+        sys.path.insert(0, str(args.reference.resolve()))
+    rate = matmul_rate()
+    print(f"8192-cubed bfloat16 product: {rate / 1e12:.0f} TFLOP/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in args.models:
+        ids = torch.randint(0, VOCAB, (SIZES[name][2], SEQUENCE + 1), generator=torch.Generator().manual_seed(0)).cuda()
+        mine = measure(ours, name, ids, args.steps)
+        theirs = measure(reference, name, ids, args.steps) if args.reference is not None else None
+        rows += rows_of(name, mine, theirs, rate)
+        joint = rows[-len(LEVELS) - 1]
+        print(json.dumps(joint), flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+    print("\n| model | width | reference tok/s | ours tok/s | ratio (goal) | MFU | reference GiB | ours GiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        goal = f" ({GOALS[row['model']]})" if row["width"] == "joint" else ""
+        print(
+            f"| {row['model']} | {row['width']} | {row['reference_tok_s']} | {row['ours_tok_s']} | {row['ratio']}{goal} "
+            f"| {row['mfu']:.1%} | {row['reference_peak_gib']} | {row['ours_peak_gib']} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
