@@ -1,0 +1,166 @@
+"""What a batch script asks around a run: may it start, and should it be requeued? Answered from files alone.
+
+    python -m pretrain.restarts begin CONFIG [section.field=value ...]     prints the run's folder
+    python -m pretrain.restarts end RUN_DIR --code N --max-restarts N --job-state STATE
+
+Every start and end is a line of RUN_DIR/restarts.jsonl, which `python -m pretrain status` reads too. Exit codes of
+`begin`: 0 go on, 2 the configuration is wrong, 3 the run crashes before its first new checkpoint, again and again. Of
+`end`: 0 requeue, 1 do not. Imports neither torch nor DeepSpeed: it answers in a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import ConfigError
+from pretrain.config_io import load_config
+
+EXIT_REQUEUE = 75
+EXIT_MISUSED = 2
+EXIT_CRASH_LOOP = 3
+STARTS_WITHOUT_PROGRESS = 2
+"""Crashes in a row, none of which left a new checkpoint, after which a run is not started again."""
+
+Event = dict[str, Any]
+
+
+def latest_step(run_dir: Path) -> int:
+    """Step of the run's newest checkpoint, -1 before the first."""
+    try:
+        return int((run_dir / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    except (OSError, ValueError):
+        return -1
+
+
+def read_events(run_dir: Path) -> list[Event]:
+    """Starts and ends so far, oldest first; a line that a crash cut short is left out."""
+    events = []
+    try:
+        lines = (run_dir / "restarts.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def crashes_without_progress(events: list[Event], step: int) -> int:
+    """How many of the last starts in a row crashed, or were lost with their node, and left no new checkpoint.
+
+    `step` is that of the newest checkpoint now. A run that stopped in order (0, 75) was no crash, progress or not.
+    """
+    count = 0
+    after = step
+    ended_in_order = False
+    for event in reversed(events):
+        if event["event"] == "end":
+            ended_in_order = event["code"] in (0, EXIT_REQUEUE)
+        else:
+            if ended_in_order or after > event["step"]:
+                return count
+            count += 1
+            after, ended_in_order = event["step"], False
+    return count
+
+
+def decide(
+    events: list[Event], step: int, *, code: int, restarts: int, max_restarts: int, state: str
+) -> tuple[bool, str]:
+    """Whether to requeue a job whose run just ended with `code`, and why.
+
+    `events` ends with this run's end; `step` is that of its newest checkpoint; `restarts` counts the job's earlier
+    requeues; `state` is Slurm's JobState.
+    """
+    if code == 0:
+        return False, "finished"
+    if code == EXIT_MISUSED:
+        return False, "misused: mend the command or the config"
+    if state != "RUNNING":
+        return False, f"the job is {state}: it stays so"
+    if restarts >= max_restarts:
+        return False, f"stopped after {restarts} restarts (MAX_RESTARTS={max_restarts})"
+    if code == EXIT_REQUEUE:
+        return True, f"stopped in order and saved at step {step}"
+    count = crashes_without_progress(events, step)
+    if count >= STARTS_WITHOUT_PROGRESS:
+        return False, f"crash loop: {count} starts in a row ended without a new checkpoint, the last with code {code}"
+    return True, f"crashed with code {code}; the newest checkpoint is of step {step}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.restarts", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    begin = commands.add_parser("begin")
+    begin.add_argument("config")
+    begin.add_argument("overrides", nargs="*")
+    end = commands.add_parser("end")
+    end.add_argument("run_dir", type=Path)
+    end.add_argument("--code", type=int, required=True)
+    end.add_argument("--max-restarts", type=int, required=True)
+    end.add_argument("--job-state", required=True)
+    args = parser.parse_args(argv)
+    try:
+        return _begin(args.config, args.overrides) if args.command == "begin" else _end(args)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISUSED
+
+
+def _begin(config: str, overrides: list[str]) -> int:
+    cfg = load_config(config, overrides)
+    run_dir = Path(cfg.run_dir)
+    if not (Path(cfg.data.path) / "train").is_dir() and "://" not in cfg.data.path:
+        raise ConfigError(
+            f"data.path={cfg.data.path} has no folder train: name a folder that tokenize_fineweb.py wrote (DATA=...)"
+        )
+    step = latest_step(run_dir)
+    count = crashes_without_progress(read_events(run_dir), step)
+    if count >= STARTS_WITHOUT_PROGRESS:
+        print(
+            f"error: {count} starts in a row of {run_dir} ended without a new checkpoint. Look at the log, mend the "
+            f"cause, and remove {run_dir / 'restarts.jsonl'} to start again",
+            file=sys.stderr,
+        )
+        return EXIT_CRASH_LOOP
+    _append(run_dir, {"event": "start", "step": step})
+    print(run_dir)
+    return 0
+
+
+def _end(args: argparse.Namespace) -> int:
+    step = latest_step(args.run_dir)
+    event: Event = {"event": "end", "step": step, "code": args.code}
+    requeue, why = decide(
+        [*read_events(args.run_dir), event],
+        step,
+        code=args.code,
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        max_restarts=args.max_restarts,
+        state=args.job_state,
+    )
+    _append(args.run_dir, {**event, "requeue": requeue, "why": why})
+    print(f"run ended with code {args.code}: {'requeueing' if requeue else 'not requeueing'}, {why}")
+    return 0 if requeue else 1
+
+
+def _append(run_dir: Path, event: Event) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    job = {"job": os.environ.get("SLURM_JOB_ID"), "nodes": os.environ.get("SLURM_JOB_NODELIST")}
+    with (run_dir / "restarts.jsonl").open("a") as f:
+        f.write(json.dumps({"time": round(time.time(), 3), **job, **event}) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

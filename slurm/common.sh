@@ -1,0 +1,155 @@
+# shellcheck shell=bash
+# What the scripts beside this share: settings, checks, launch, and when to requeue. Sourced, never submitted.
+#
+# Every setting is an environment variable with a default (docs/slurm.md lists them; sbatch passes the environment on):
+#   DATA                 folder of token shards; default: the config's data.path
+#   RUN_DIR              where the run writes and resumes from; default: the config's run_dir
+#   CONFIG               another config file than the script's own
+#   NODES TASKS_PER_NODE fewer nodes or tasks than were allocated; default: all
+#   VENV                 virtual environment; default: .venv in the repository
+#   MODULES              environment modules to load, separated by spaces
+#   CONTAINER            image to run in; default: none
+#   CONTAINER_RUNTIME    pyxis (srun --container-image) or apptainer; default: apptainer for a .sif, else pyxis
+#   CONTAINER_MOUNTS     more folders to mount, HOST:INSIDE separated by commas
+#   LAUNCHER             srun (one task a GPU) or torchrun; default: srun
+#   MAX_RESTARTS         requeues of one job before it stops; default: 20
+#   HANG_SECONDS         least time without a step before the watchdog acts; default: 600
+#   MATMAMBA_ROOT        the repository, where it is not the folder that sbatch was called from
+#
+# Exit codes of a run: 0 finished, 75 saved and wants to go on, 2 misused (never requeued), anything else broken.
+
+set -uo pipefail
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+settings() {
+  [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a Slurm script: sbatch $0 [section.field=value ...]"
+  cd "$ROOT" || die "cannot enter $ROOT"
+  LAUNCHER=${LAUNCHER:-srun}
+  MAX_RESTARTS=${MAX_RESTARTS:-20}
+  [[ $LAUNCHER == srun || $LAUNCHER == torchrun ]] || die "LAUNCHER=$LAUNCHER: must be srun or torchrun"
+  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$MAX_RESTARTS: must be a whole number"
+  local name
+  for name in NODES TASKS_PER_NODE HANG_SECONDS; do
+    [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a positive whole number"
+  done
+  if [[ -n ${MODULES:-} ]]; then
+    command -v module > /dev/null || type module > /dev/null 2>&1 || die "MODULES=$MODULES: this node has no module command"
+    # shellcheck disable=SC2086  # one word a module
+    module load $MODULES || die "module load $MODULES failed"
+  fi
+
+  container=() # before the program, on one node
+  step=()      # after srun
+  if [[ -z ${CONTAINER:-} ]]; then
+    python=${VENV:-$ROOT/.venv}/bin/python
+    [[ -x $python ]] || die "no Python at $python: run make setup in $ROOT, or set VENV or CONTAINER"
+  else
+    python=python3
+    local runtime=${CONTAINER_RUNTIME:-}
+    [[ -n $runtime ]] || { [[ $CONTAINER == *.sif ]] && runtime=apptainer || runtime=pyxis; }
+    case $CONTAINER in
+      /* | ./*) [[ -e $CONTAINER ]] || die "CONTAINER=$CONTAINER: no such image" ;;
+    esac
+    local mounts=$ROOT:$ROOT${DATA:+,$DATA:$DATA}${RUN_DIR:+,$RUN_DIR:$RUN_DIR}${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    case $runtime in
+      apptainer)
+        command -v apptainer > /dev/null || die "CONTAINER_RUNTIME=apptainer: not installed on $(hostname)"
+        container=(apptainer exec --nv --bind "$mounts" --pwd "$ROOT" "$CONTAINER")
+        ;;
+      pyxis)
+        srun --help 2> /dev/null | grep -q -- --container-image || die "CONTAINER=$CONTAINER: this Slurm has no pyxis"
+        step=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$ROOT")
+        ;;
+      *) die "CONTAINER_RUNTIME=$runtime: must be pyxis or apptainer" ;;
+    esac
+  fi
+
+  export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  # Since Slurm 22.05 srun no longer takes this over from sbatch.
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
+  MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+  # A compile cache that two jobs share races.
+  TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$SLURM_JOB_ID
+  export MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR
+  export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # the flight recorder, for the watchdog
+}
+
+# One process of ours on this node, in the container if there is one.
+alone() {
+  if ((${#step[@]})); then
+    srun --nodes=1 --ntasks=1 --overlap "${step[@]}" "$python" "$@"
+  else
+    "${container[@]}" "$python" "$@"
+  fi
+}
+
+# Start "$@" (a Python module and its arguments) on every task in the background; sets $pid.
+launch() {
+  local nodes=${NODES:-$SLURM_JOB_NUM_NODES}
+  local tasks=${TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+  local where=(--nodes="$nodes" --kill-on-bad-exit=1 "${step[@]}")
+  if [[ $LAUNCHER == srun ]]; then
+    srun --ntasks-per-node="$tasks" --ntasks="$((nodes * tasks))" "${where[@]}" "${container[@]}" "$python" -m "$@" &
+  else
+    srun --ntasks-per-node=1 --ntasks="$nodes" "${where[@]}" "${container[@]}" "$python" -m torch.distributed.run \
+      --nnodes="$nodes" --nproc-per-node="$tasks" --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
+      --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" -m "$@" &
+  fi
+  pid=$!
+}
+
+# Wait for $pid, handing signals on to it; sets $rc. A signal cuts `wait` short, so it is asked until the child is gone.
+attend() {
+  told=0
+  trap 'told=1; forward USR1' USR1
+  trap 'told=1; forward TERM' TERM
+  wait "$pid"
+  rc=$?
+  while kill -0 "$pid" 2> /dev/null; do
+    wait "$pid"
+    rc=$?
+  done
+  trap '' TERM USR1
+  # torchrun's agent dies of the signal itself, and has no exit code for "saved".
+  if [[ $LAUNCHER == torchrun && $told == 1 && $rc != 0 ]]; then rc=75; fi
+}
+
+forward() {
+  # torchrun's agent does not know USR1; on TERM it gives its workers 30 seconds to save.
+  if [[ $LAUNCHER == torchrun ]]; then kill -TERM "$pid" 2> /dev/null; else kill "-$1" "$pid" 2> /dev/null; fi
+}
+
+# pretrain CONFIG [section.field=value ...]: train, and requeue this job where it should go on.
+pretrain() {
+  local config=${CONFIG:-$1}
+  shift
+  settings
+  local arguments=("$config" ${DATA:+"data.path=$DATA"} ${RUN_DIR:+"run_dir=$RUN_DIR"} "$@")
+  local run_dir
+  run_dir=$(alone -m pretrain.restarts begin "${arguments[@]}") || exit $?
+  echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $config in $run_dir on $SLURM_JOB_NODELIST"
+  launch pretrain "${arguments[@]}"
+  attend
+  # A job that its user cancelled is no longer RUNNING, and must stay cancelled whatever its last exit code was.
+  local state
+  state=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* JobState=\([A-Z_]*\) .*/\1/p')
+  if alone -m pretrain.restarts end "$run_dir" --code "$rc" --max-restarts "$MAX_RESTARTS" --job-state "$state"; then
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    echo "error: scontrol requeue failed (was the job submitted with --no-requeue?)" >&2
+    exit 75
+  fi
+  exit "$rc"
+}
+
+# once MODULE [argument ...]: one task, no requeue.
+once() {
+  settings
+  alone -m "$@"
+  exit $?
+}

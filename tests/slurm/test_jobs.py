@@ -1,0 +1,288 @@
+"""The scripts that users submit, on a real Slurm: geometry, a run interrupted in every way, and what must not go on.
+
+The training inside is a two-layer model on CPU ranks; scripts, signals, requeueing and node names are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.metrics import read_metrics
+from pretrain.restarts import read_events
+from tests.datasets import write_token_dataset
+from tests.slurm.cluster import Cluster, missing, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "common.sh")
+PRETRAIN = [name for name in SCRIPTS if name.startswith("pretrain_")]
+
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}"),
+    pytest.mark.timeout(560),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Not pytest's folder: munge wants a path to its socket that everybody may enter.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        cluster = Cluster(Path(folder), 4)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with spaces in its name: token shards and a run's config."""
+    site = tmp_path_factory.mktemp("my site") / "with spaces"
+    site.mkdir()
+    write_token_dataset(site / "shards", vocab_size=64, row_tokens=32, n_rows=48)
+    config = {
+        "run_dir": str(site / "run"),
+        "model": {
+            "n_layers": 2, "d_model": 32, "headdim": 8, "d_state": 8, "widths": [8, 4], "chunk_size": 16, "vocab_size": 64,
+        },
+        "data": {"path": "nowhere", "seq_len": 32, "tokens_per_step": 256, "micro_batch": 2, "n_workers": 0},
+        "optim": {"lr": 1e-2, "steps": 240, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 40, "keep_last": 3},
+        "logging": {"every_steps": 1, "eval_every_steps": 120, "eval_sequences": 8},
+    }  # fmt: skip
+    (site / "tiny run.yaml").write_text(yaml.safe_dump(config))
+    return site
+
+
+def variables(site: Path, run_dir: Path) -> dict[str, str]:
+    """What a user exports to run the 1.4B script's own file on two nodes of CPU ranks."""
+    return {
+        "MATMAMBA_ROOT": str(ROOT),
+        "VENV": sys.prefix,
+        "CONFIG": str(site / "tiny run.yaml"),
+        "DATA": str(site / "shards"),
+        "RUN_DIR": str(run_dir),
+        "NODES": "2",
+        "TASKS_PER_NODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def submit(
+    cluster: Cluster, site: Path, run_dir: Path, *overrides: str, options: tuple[str, ...] = (), **more: str
+) -> str:
+    script = ROOT / "slurm" / "pretrain_1b4.sh"
+    return cluster.sbatch(
+        script,
+        *overrides,
+        options=options,
+        cwd=site,
+        TMPDIR=str(cluster.scratch),
+        **{**variables(site, run_dir), **more},
+    )
+
+
+def log(site: Path, job: str) -> str:
+    return (site / f"slurm-{job}.out").read_text()
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, float]]:
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "train"}
+
+
+def step_of(run_dir: Path) -> int:
+    try:
+        return max(losses(run_dir), default=-1)
+    except FileNotFoundError:
+        return -1
+
+
+def ranks_of(job: str) -> list[int]:
+    """Process numbers of the job's training ranks."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            env = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (
+            f"SLURM_JOB_ID={job}".encode() in env
+            and command[1:3] == [b"-m", b"pretrain"]
+            and b"SLURM_PROCID=" in b" ".join(env)
+        ):
+            found.append(int(process.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster, site: Path) -> dict[int, dict[str, float]]:
+    """The loss curve of a run that nothing disturbs, at two ranks on two nodes."""
+    job = submit(cluster, site, site / "whole run")
+    try:
+        cluster.wait_job(job)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log(site, job)}") from None
+    assert "on n[1-4]" in log(site, job)
+    curve = losses(site / "whole run")
+    assert sorted(curve) == list(range(1, 241))
+    return curve
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_geometry_is_accepted(cluster: Cluster, script: str) -> None:
+    command = ["sbatch", "--test-only", str(ROOT / "slurm" / script)]
+    done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scripts_pass_shellcheck() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    files = sorted(str(path) for path in (ROOT / "slurm").glob("*.sh"))
+    done = subprocess.run(
+        ["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def by_time_limit(cluster: Cluster, job: str, run_dir: Path) -> None:
+    """What --signal=B:USR1@300 does: USR1 to the batch shell alone."""
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+
+
+def by_preemption(cluster: Cluster, job: str, run_dir: Path) -> None:
+    urgent = cluster.run(
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=4",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap",
+        "sleep 3",
+    )
+    cluster.wait_job(urgent.strip(), timeout_s=120)
+
+
+def by_requeue(cluster: Cluster, job: str, run_dir: Path) -> None:
+    cluster.run("scontrol", "requeue", job)
+
+
+def by_killing_a_rank(cluster: Cluster, job: str, run_dir: Path) -> None:
+    wait_for("a checkpoint", (run_dir / "checkpoints" / "latest").exists, 60)
+    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(ranks_of(job)[0])], check=True)
+
+
+def by_killing_a_node(cluster: Cluster, job: str, run_dir: Path) -> None:
+    node = cluster.job(job)["BatchHost"]
+    cluster.kill_node(node)
+    wait_for("the job to leave the node", lambda: cluster.job(job)["JobState"] != "RUNNING", 90)
+    cluster.start_node(node)
+
+
+Interruption = Callable[[Cluster, str, Path], None]
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        by_time_limit,
+        by_killing_a_rank,
+        pytest.param(by_preemption, marks=pytest.mark.slow),
+        pytest.param(by_requeue, marks=pytest.mark.slow),
+        pytest.param(by_killing_a_node, marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_curve(
+    cluster: Cluster, site: Path, uninterrupted: dict[int, dict[str, float]], interrupt: Interruption
+) -> None:
+    run_dir = site / interrupt.__name__
+    job = submit(cluster, site, run_dir)
+    wait_for("some steps", lambda: step_of(run_dir) >= 45, 120)
+    interrupt(cluster, job, run_dir)
+    wait_for("the second start", lambda: cluster.job(job)["Restarts"] == "1", 120)
+    cluster.wait_job(job)
+    starts = [event["step"] for event in read_events(run_dir) if event["event"] == "start"]
+    assert len(starts) == 2, log(site, job)
+    assert starts[1] >= 40, "the second start began from nothing"
+    assert losses(run_dir) == uninterrupted
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path) -> None:
+    run_dir = site / "cancelled"
+    job = submit(cluster, site, run_dir, "optim.steps=100000")
+    wait_for("some steps", lambda: step_of(run_dir) >= 3, 120)
+    cluster.run("scancel", job)
+    assert cluster.wait_job(job, ["CANCELLED"])["Restarts"] == "0"
+    wait_for("its ranks to end", lambda: not ranks_of(job), 60)
+    time.sleep(2)
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+
+
+def test_a_run_that_crashes_at_once_stops(cluster: Cluster, site: Path) -> None:
+    run_dir = site / "crashing"
+    shards = site / "broken shards"
+    shutil.copytree(site / "shards", shards)
+    manifest = json.loads((shards / "manifest.json").read_text()) if (shards / "manifest.json").exists() else None
+    assert manifest is not None
+    for index in (shards / "train").glob("index.json"):
+        index.unlink()
+    job = submit(cluster, site, run_dir, DATA=str(shards))
+    ended = cluster.wait_job(job, ["FAILED"])
+    assert ended["Restarts"] == "1", "one more try, then no more"
+    assert "crash loop: 2 starts in a row" in log(site, job)
+
+
+@pytest.mark.parametrize(
+    ("more", "overrides", "says"),
+    [
+        ({"CONFIG": "no such.yaml"}, (), "no such.yaml"),
+        ({"DATA": "/no/such/shards"}, (), "has no folder train"),
+        ({}, ("optim.lrr=1",), "lrr"),
+        ({"VENV": "/no/venv"}, (), "no Python at /no/venv/bin/python"),
+        ({"CONTAINER": "/no/image.sif"}, (), "CONTAINER=/no/image.sif: no such image"),
+        ({"TASKS_PER_NODE": "many"}, (), "TASKS_PER_NODE=many: must be a positive whole number"),
+        ({"LAUNCHER": "mpirun"}, (), "LAUNCHER=mpirun: must be srun or torchrun"),
+        ({"MATMAMBA_ROOT": "/tmp"}, (), "no slurm/common.sh in /tmp"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_misuse_is_said_and_not_requeued(
+    cluster: Cluster, site: Path, more: dict[str, str], overrides: tuple[str, ...], says: str
+) -> None:
+    job = submit(cluster, site, site / "never", *overrides, **more)
+    ended = cluster.wait_job(job, ["FAILED"], timeout_s=60)
+    assert says in log(site, job)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
+
+
+@pytest.mark.slow
+def test_half_the_nodes_go_on_with_the_same_data(
+    cluster: Cluster, site: Path, uninterrupted: dict[int, dict[str, float]]
+) -> None:
+    run_dir = site / "elastic"
+    job = submit(cluster, site, run_dir)
+    wait_for("some steps", lambda: step_of(run_dir) >= 45, 120)
+    cluster.run("scancel", "--signal=TERM", "--batch", job)
+    cluster.run("scontrol", "update", f"JobId={job}", "Requeue=0")
+    wait_for("the stop", lambda: cluster.job(job)["JobState"] != "RUNNING", 60)
+    cluster.run("scancel", job)
+    half = submit(cluster, site, run_dir, NODES="1")
+    cluster.wait_job(half)
+    curve = losses(run_dir)
+    assert sorted(curve) == sorted(uninterrupted)
+    for step, by_width in curve.items():
+        for width, loss in by_width.items():
+            assert loss == pytest.approx(uninterrupted[step][width], rel=1e-4), f"step {step}, width {width}"
