@@ -1,4 +1,7 @@
-"""`python -m pretrain CONFIG [section.field=value ...]`: train; with --dry-run, say what would run."""
+"""`python -m pretrain CONFIG [section.field=value ...]`: train; with --dry-run, say what would run.
+
+`python -m pretrain status FOLDER` says where the runs in a folder stand.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,11 @@ from pretrain.config_io import load_config
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, do what it asks, return the exit code: 0 done, 75 please start again, 1 broken, 2 misused."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["status"]:
+        from pretrain.status import main as status
+
+        return status(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m pretrain", description="Pretrain a nested MatMamba2 model.")
     parser.add_argument("config", nargs="?", help="YAML file of the run, e.g. configs/lm_130m.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optim.lr=3e-4")

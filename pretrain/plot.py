@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import IO
 
 import matplotlib
 
@@ -13,8 +14,8 @@ import matplotlib.pyplot as plt
 from pretrain.metrics import read_metrics
 
 
-def plot_losses(metrics_path: str | Path, png_path: str | Path, title: str = "") -> None:
-    """Draw the losses recorded in a metrics.jsonl: lines for training, dots for validation, one colour a width.
+def plot_losses(metrics_path: str | Path, png: str | Path | IO[bytes], title: str = "") -> None:
+    """Draw the losses recorded in a metrics.jsonl into a PNG file: lines for training, dots for validation, one colour a width.
 
     Raises ValueError where the file holds no training record.
     """
@@ -37,7 +38,7 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path, title: str = "")
     axes.grid(alpha=0.3)
     axes.legend(title="lines: train, dots: validation")
     figure.tight_layout()
-    figure.savefig(png_path)
+    figure.savefig(png, format="png")
     plt.close(figure)
 
 

@@ -10,32 +10,10 @@ import torch
 
 from data_prep.tokenizers_io import open_tokenizer
 from modeling.generate import Sampling, generate
-from modeling.language import LanguageModel
 from modeling.nesting import parse_layer_widths
-from pretrain.checkpoint import CheckpointError, Reader, candidates, checkpoint_dir
+from pretrain.checkpoint import CheckpointError
+from pretrain.checkpoint_model import load_model
 from pretrain.config import ConfigError
-from pretrain.config_io import config_from_dict
-
-
-def load_model(folder: Path) -> tuple[LanguageModel, str]:
-    """The whole model of a checkpoint, float32 on the CPU, and the path of its run's tokenizer ("" where none is named).
-
-    `folder` is a checkpoint or a run; of a run the newest checkpoint is taken. Raises CheckpointError.
-    """
-    if not (folder / "manifest.json").exists():
-        newest = candidates(checkpoint_dir(folder))
-        if not newest:
-            raise CheckpointError(f"{folder} is neither a checkpoint nor a run that has one")
-        folder = newest[0]
-    reader = Reader(folder)
-    cfg = config_from_dict(reader.manifest["config"])
-    reader.check_model(cfg.model)
-    model = LanguageModel(cfg.model)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in reader.weights(cfg.model.n_heads):
-            parameters[name].copy_(value)
-    return model.eval(), cfg.data.tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        model, named = load_model(args.checkpoint)
-        spec = args.tokenizer or named
+        model, cfg = load_model(args.checkpoint)
+        spec = args.tokenizer or cfg.data.tokenizer
         if not spec:
             raise ConfigError("the run's config names no data.tokenizer: pass --tokenizer FILE")
         tokenizer = open_tokenizer(spec)

@@ -29,8 +29,10 @@ from pretrain.evaluate import validation_losses
 from pretrain.metrics import MetricsWriter, Record, StepMeter
 from pretrain.objective import draws_per_micro_batch, step_widths, width_losses
 from pretrain.optim import learning_rate
+from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
+from pretrain.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Run:
     writer: MetricsWriter
     progress: TrainingProgress
     stop: StopFlag
+    watchdog: Watchdog
     state: RunState
 
     @property
@@ -104,7 +107,7 @@ def train(run: Run) -> int:
             run.report(
                 "train", run.meter.record(step=run.state.step, tokens=run.state.tokens, lr=lr, grad_norm=grad_norm)
             )
-        with run.meter.pause():
+        with run.meter.pause(), run.watchdog.pause():
             # Saved before it is evaluated: a run told to stop may have seconds left.
             if run.due(cfg.checkpoint.every_steps) or last or stopped:
                 folder = resume.save(run.engine, cfg, ranks, run.state)
@@ -112,6 +115,7 @@ def train(run: Run) -> int:
             if run.due(cfg.logging.eval_every_steps) or last:
                 evaluate(run)
         run.progress.advance(run.state.step)
+        run.watchdog.beat(run.state.step)
         if stopped and not last:
             run.report("event", {"step": run.state.step, "event": "stopped by a signal"})
             return EXIT_REQUEUE
@@ -167,6 +171,7 @@ def main(cfg: RunConfig) -> int:
     _check_same_config(cfg, ranks)
     cfg.grad_accum_steps(ranks.world_size)  # raises where tokens_per_step does not divide
     ranks.attempt(lambda: check_dataset(cfg.data, cfg.model.vocab_size), (ValueError, OSError))
+    preflight(cfg, ranks)
     stop = StopFlag()
     ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
     if cfg.deterministic:
@@ -211,11 +216,13 @@ def main(cfg: RunConfig) -> int:
             writer=MetricsWriter(cfg, start_step=state.step, enabled=ranks.is_main),
             progress=progress,
             stop=stop,
+            watchdog=Watchdog(cfg.run_dir, ranks.rank),
             state=state,
         )
         try:
             code = train(run)
         finally:
+            run.watchdog.stop()
             loader.close()
             run.writer.close()
     close_ranks()

@@ -1,0 +1,38 @@
+"""A model out of a checkpoint, for sampling, evaluation and export: no ranks, no optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from modeling.language import LanguageModel
+from pretrain.checkpoint import CheckpointError, Reader, candidates, checkpoint_dir
+from pretrain.config import RunConfig
+from pretrain.config_io import config_from_dict
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """`folder` if it is a checkpoint, the newest one of it if it is a run. Raises CheckpointError where it is neither."""
+    if (folder / "manifest.json").exists():
+        return folder
+    newest = candidates(checkpoint_dir(folder))
+    if not newest:
+        raise CheckpointError(f"{folder} is neither a checkpoint nor a run that has one")
+    return newest[0]
+
+
+def load_model(folder: Path) -> tuple[LanguageModel, RunConfig]:
+    """The whole model of a checkpoint or of a run's newest one, float32 on the CPU, and the run's config.
+
+    Raises CheckpointError.
+    """
+    reader = Reader(find_checkpoint(folder))
+    cfg = config_from_dict(reader.manifest["config"])
+    reader.check_model(cfg.model)
+    model = LanguageModel(cfg.model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in reader.weights(cfg.model.n_heads):
+            parameters[name].copy_(value)
+    return model.eval(), cfg

@@ -1,0 +1,80 @@
+"""The table, the report and the sweep's table, from files alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import status, sweep
+from pretrain.config_io import config_from_dict, config_to_yaml
+
+
+def write_run(folder: Path, *, widths: list[int], losses: dict[str, float], n_heads: int = 0, steps: int = 10) -> None:
+    raw: dict[str, Any] = {
+        "run_dir": str(folder),
+        "model": {"n_layers": 2, "d_model": 64, "headdim": 16, "n_heads": n_heads, "widths": widths, "vocab_size": 64},
+        "data": {"path": "shards", "seq_len": 32, "tokens_per_step": 64, "micro_batch": 2},
+        "optim": {"lr": 1e-2, "steps": 10, "warmup_steps": 2},
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config_to_yaml(config_from_dict(raw)))
+    train = {
+        "kind": "train", "time": time.time(), "step": steps, "tokens": 640, "loss": losses, "tokens_per_s": 1234.0,
+        "mfu": None, "eta_s": 60.0, "memory_gib": 1.0,
+    }  # fmt: skip
+    evaluated = {"kind": "eval", "time": time.time(), "step": steps, "tokens": 640, "loss": losses}
+    (folder / "metrics.jsonl").write_text(json.dumps(train) + "\n" + json.dumps(evaluated) + "\n")
+
+
+def test_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "runs" / "nested", widths=[8, 4], losses={"1": 2.5, "1/2": 2.75})
+    write_run(tmp_path / "runs" / "young", widths=[8], losses={"1": 3.5}, steps=4)
+    events = [
+        {"time": 0.0, "job": "7", "nodes": "n1", "event": "start", "step": -1},
+        {
+            "time": 1.0,
+            "job": "7",
+            "nodes": "n1",
+            "event": "end",
+            "step": 4,
+            "code": 75,
+            "requeue": True,
+            "why": "a <b>",
+        },
+        {"time": 2.0, "job": "7", "nodes": "n2", "event": "start", "step": 4},
+    ]
+    (tmp_path / "runs" / "young" / "restarts.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert status.main([str(tmp_path / "runs"), "--html"]) == 0
+    shown = capsys.readouterr().out
+    nested, young = (next(line for line in shown.splitlines() if f" {name} " in line) for name in ("nested", "young"))
+    assert "10/10" in nested
+    assert "[1/2] 2.750" in nested
+    assert "finished" in nested
+    assert "4/10" in young
+    assert "training" in young
+    assert "│ 1 " in young.rpartition("training")[0][-20:], "one restart"
+    page = (tmp_path / "runs" / "young" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "a &lt;b&gt;" in page
+    assert "http" not in page, "loads something from elsewhere"
+
+
+def test_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main([str(tmp_path)]) == 2
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_sweep_puts_separate_models_beside_nested_widths(tmp_path: Path) -> None:
+    write_run(tmp_path / "nested", widths=[8, 4], losses={"1": 2.5, "1/2": 2.75})
+    write_run(tmp_path / "half", widths=[4], n_heads=4, losses={"1": 2.70})
+    assert sweep.main([str(tmp_path)]) == 0
+    rows = [line for line in (tmp_path / "sweep.md").read_text().splitlines() if "nested" in line and "1/2" in line]
+    assert "2.7000" in rows[0]
+    assert "+0.0500" in rows[0]
+    parameters = {(r["run"], r["width"]): r["parameters"] for r in json.loads((tmp_path / "sweep.json").read_text())}
+    assert parameters["nested", "1/2"] == parameters["half", "1"]
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
