@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # What is heavy to import comes after what can fail quickly: a mistyped key is reported at once.
-    from pretrain.checkpoint import CheckpointError
+    from modeling.checkpoint_reader import CheckpointError
     from pretrain.distributed import RankError
     from pretrain.shard_store import DatasetError
     from pretrain.train import NonFiniteError

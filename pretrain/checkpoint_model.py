@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.language import LanguageModel
-from pretrain.checkpoint import CheckpointError, Reader, candidates, checkpoint_dir
+from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict
 

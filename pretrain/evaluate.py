@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from modeling.checkpoint_reader import CheckpointError
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
 from modeling.nesting import LayerWidths, parse_layer_widths, uniform, width_name
-from pretrain.checkpoint import CheckpointError
 from pretrain.checkpoint_model import load_model
 from pretrain.data import Batch, validation_batches
 from pretrain.dataset_check import check_dataset

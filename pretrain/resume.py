@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from modeling.checkpoint_reader import FORMAT_VERSION, KINDS, CheckpointError, Piece, Reader, RunState
 from modeling.language import logical_shapes
 from modeling.tensor_parallel import layout_of, local_part
 from pretrain import checkpoint
-from pretrain.checkpoint import CheckpointError, Piece, Reader, RunState
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_plain
 from pretrain.distributed import RankError, Ranks
@@ -116,7 +116,7 @@ def _pieces(engine: Engine, ranks: Ranks) -> dict[Piece, dict[str, Tensor]]:
         if fragment is None or (ranks.tp.rank > 0 and not layout_of(name).is_sharded):
             continue
         piece = Piece(name=name, tp_rank=ranks.tp.rank, start=fragment.start, numel=fragment.master.numel())
-        pieces[piece] = {kind: getattr(fragment, kind).detach().float().cpu() for kind in checkpoint.KINDS}
+        pieces[piece] = {kind: getattr(fragment, kind).detach().float().cpu() for kind in KINDS}
     return pieces
 
 
@@ -124,7 +124,7 @@ def _load(engine: Engine, reader: Reader, n_heads: int, ranks: Ranks) -> None:
     """Fill parameters and optimizer fragments in place, one logical parameter at a time."""
     for name, parameter in engine.parameters.items():
         fragment = engine.fragment(name)
-        for kind in checkpoint.KINDS:
+        for kind in KINDS:
             if kind != "master" and fragment is None:
                 continue  # only the owner of a fragment needs its moments
             full = reader.full(name, kind, n_heads)
@@ -139,7 +139,7 @@ def _load(engine: Engine, reader: Reader, n_heads: int, ranks: Ranks) -> None:
 
 def _manifest(cfg: RunConfig, ranks: Ranks, state: RunState, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "format_version": checkpoint.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "state": asdict(state),
         "config": config_to_plain(cfg),
         "layout": {"tensor": ranks.tp.size, "data": ranks.dp_size, "zero_stage": cfg.parallel.zero_stage},

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from data_prep.tokenizers_io import open_tokenizer
+from modeling.checkpoint_reader import CheckpointError
 from modeling.generate import Sampling, generate
 from modeling.nesting import parse_layer_widths
-from pretrain.checkpoint import CheckpointError
 from pretrain.checkpoint_model import load_model
 from pretrain.config import ConfigError
 

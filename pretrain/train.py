@@ -13,12 +13,12 @@ from types import FrameType
 
 import torch
 
+from modeling.checkpoint_reader import RunState
 from modeling.language import LanguageModel
 from modeling.nesting import width_name
 from modeling.ops.kernels import why_not
 from modeling.ops.upstream import chunk_scan
 from pretrain import resume
-from pretrain.checkpoint import RunState
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.data import Batch, TokenLoader, validation_batches

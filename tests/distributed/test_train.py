@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from modeling.checkpoint_reader import KINDS, CheckpointError, Reader
 from modeling.language import LanguageModel
 from pretrain import checkpoint, train
-from pretrain.checkpoint import CheckpointError, Reader
 from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict
 from pretrain.metrics import Record, read_metrics
@@ -93,7 +93,7 @@ def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(
     expected, resumed = (Reader(checkpoint.candidates(checkpoint.checkpoint_dir(c.run_dir))[0]) for c in (whole, parts))
     assert expected.state == resumed.state
     for name in expected.shapes:
-        for kind in checkpoint.KINDS:
+        for kind in KINDS:
             assert torch.equal(expected.full(name, kind, 8), resumed.full(name, kind, 8)), (name, kind)
 
 
@@ -112,7 +112,7 @@ def state_after_loading(cfg: RunConfig) -> dict[str, torch.Tensor]:
     whole = {} if ranks.tp.size > 1 else {name: p.detach().clone() for name, p in model.named_parameters()}
     reader = Reader(resume.save(engine, cfg, ranks, state))
     for name in reader.shapes:
-        for kind in checkpoint.KINDS:
+        for kind in KINDS:
             whole[f"{name}|{kind}"] = reader.full(name, kind, cfg.model.n_heads)
     return whole
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_loads_bitwise_at_every_layout(
     result = run_ranks(world_size, state_after_loading, other)[0]
     reader = Reader(source)
     for name in reader.shapes:
-        for kind in checkpoint.KINDS:
+        for kind in KINDS:
             assert torch.equal(result[f"{name}|{kind}"], reader.full(name, kind, 8)), (name, kind)
         if tensor == 1:
             assert torch.equal(result[name], reader.full(name, "master", 8)), name

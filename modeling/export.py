@@ -1,0 +1,212 @@
+"""A submodel out of a checkpoint, in the formats that people's tools load.
+
+    python -m modeling.export CHECKPOINT --width 1/4 --format hf -o DIR [--tokenizer FILE] [--dtype bf16]
+
+CHECKPOINT is a run's folder (its newest checkpoint), one checkpoint, or a folder in our own format.
+
+| format | what loads it | widths |
+|---|---|---|
+| hf | transformers' Mamba2ForCausalLM.from_pretrained | any uniform width |
+| mamba_ssm | mamba-ssm's MambaLMHeadModel.from_pretrained | uniform, if its channels are a whole multiple of d_model |
+| matmamba | modeling.model_folder.load_model, modeling.generate | any, per-layer mixes and the whole nested model too |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modeling import nesting
+from modeling.checkpoint_reader import CheckpointError, Reader
+from modeling.config import LanguageConfig
+from modeling.convert import StateDict, cut, cut_mix, to_mamba_ssm
+from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model
+
+FORMATS = ("hf", "mamba_ssm", "matmamba")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def read_state(folder: Path) -> tuple[StateDict, LanguageConfig, str]:
+    """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and its tokenizer's path.
+
+    Raises CheckpointError or ModelFolderError; ValueError where a model folder holds a mix, which cannot be cut again.
+    """
+    if (folder / CONFIG_NAME).exists():
+        model = load_model(folder)
+        if len(set(model.held)) > 1 or model.held[0] != model.cfg.n_heads:
+            raise ModelFolderError(f"{folder} holds a mix that was cut out: export from the checkpoint it came from")
+        return {name: p.detach() for name, p in model.named_parameters()}, model.cfg, ""
+    if not (folder / "manifest.json").exists():
+        latest = folder / "checkpoints" / "latest"
+        if not latest.exists():
+            raise CheckpointError(f"{folder} is neither a run with a checkpoint, nor a checkpoint, nor a model folder")
+        folder = latest.parent / latest.read_text().strip()
+    reader = Reader(folder)
+    raw = reader.manifest["config"]["model"]
+    known = {field.name for field in fields(LanguageConfig)}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
+    cfg = LanguageConfig(**values)
+    reader.verify()
+    reader.check_model(cfg)
+    tokenizer = str(reader.manifest["config"].get("data", {}).get("tokenizer", ""))
+    return dict(reader.weights(cfg.n_heads)), cfg, tokenizer
+
+
+def export(
+    state: StateDict,
+    cfg: LanguageConfig,
+    widths: nesting.LayerWidths,
+    target: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write the submodel `widths` of a whole model into `folder` (new or empty) in the format `target`; whole or not at all.
+
+    Raises ValueError where the format cannot hold the submodel, FileExistsError where the folder has something in it.
+    """
+    if target not in FORMATS:
+        raise ValueError(f"format {target!r}: must be one of {', '.join(FORMATS)}")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        work = Path(aside) / "model"
+        work.mkdir()
+        if target == "matmamba":
+            whole = widths == nesting.uniform(cfg.n_heads, cfg.n_layers)
+            part = state if whole else cut_mix(state, cfg, widths)
+            save_model(work, _cast(part, dtype), cfg, widths)
+        else:
+            if len(set(widths)) > 1:
+                raise ValueError(
+                    f"format {target} has one number of heads for all layers, this mix has {sorted(set(widths))}: use "
+                    "--format matmamba"
+                )
+            part, small = cut(state, cfg, widths[0])
+            (_write_hf if target == "hf" else _write_mamba_ssm)(work, part, small, dtype)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, work / ("tokenizer.json" if tokenizer.suffix == ".json" else tokenizer.name))
+            if target == "hf" and tokenizer.suffix == ".json":
+                about = {"tokenizer_class": "PreTrainedTokenizerFast"}
+                (work / "tokenizer_config.json").write_text(json.dumps(about) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
+
+
+def _cast(state: StateDict, dtype: torch.dtype) -> StateDict:
+    """Matrices in `dtype`; vectors stay float32: A_log, dt_bias and D lose their meaning in fewer bits."""
+    return {name: tensor.to(dtype) if tensor.dim() > 1 else tensor.float() for name, tensor in state.items()}
+
+
+def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of transformers' Mamba2ForCausalLM for a model of one width."""
+    return {
+        "architectures": ["Mamba2ForCausalLM"],
+        "model_type": "mamba2",
+        "num_heads": cfg.n_heads,
+        "head_dim": cfg.headdim,
+        "vocab_size": cfg.n_vocab_rows,
+        "hidden_size": cfg.d_model,
+        "state_size": cfg.d_state,
+        "num_hidden_layers": cfg.n_layers,
+        "layer_norm_epsilon": cfg.norm_eps,
+        "expand": cfg.d_inner / cfg.d_model,
+        "conv_kernel": cfg.d_conv,
+        "n_groups": 1,
+        "chunk_size": cfg.chunk_size,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "tie_word_embeddings": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _write_hf(folder: Path, state: StateDict, cfg: LanguageConfig, dtype: torch.dtype) -> None:
+    theirs = to_mamba_ssm(state, cfg)
+    del theirs["lm_head.weight"]  # tied
+    renamed: dict[str, Tensor] = {
+        name.replace("backbone.embedding.", "backbone.embeddings."): tensor.contiguous()
+        for name, tensor in theirs.items()
+    }
+    save_file(_cast(renamed, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hf_config(cfg, dtype), indent=1) + "\n")
+
+
+def _write_mamba_ssm(folder: Path, state: StateDict, cfg: LanguageConfig, dtype: torch.dtype) -> None:
+    if cfg.d_inner % cfg.d_model:
+        raise ValueError(
+            f"mamba-ssm's Mamba2 has a whole multiple of d_model={cfg.d_model} channels inside, this width has "
+            f"{cfg.d_inner}: use --format hf or matmamba, or a width of at least 1/2"
+        )
+    about = {
+        "d_model": cfg.d_model,
+        "d_intermediate": 0,
+        "n_layer": cfg.n_layers,
+        "vocab_size": cfg.n_vocab_rows,
+        "ssm_cfg": {
+            "layer": "Mamba2",
+            "headdim": cfg.headdim,
+            "d_state": cfg.d_state,
+            "d_conv": cfg.d_conv,
+            "expand": cfg.d_inner // cfg.d_model,
+            "chunk_size": cfg.chunk_size,
+        },
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,
+        "tie_embeddings": True,
+    }
+    # The one file here that is a pickle: mamba-ssm loads no other.
+    theirs = {name: tensor.contiguous() for name, tensor in to_mamba_ssm(state, cfg).items()}
+    torch.save(_cast(theirs, dtype), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run, a checkpoint, or a folder in our format")
+    parser.add_argument("--width", default="1", help="1, 1/4, 16h, or one for each layer: 1,1/2,...")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="file to put beside the model; default: the run's, if it is a file"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the matrices; vectors stay float32")
+    args = parser.parse_args(argv)
+    try:
+        state, cfg, named = read_state(args.checkpoint)
+        widths = nesting.parse_layer_widths(args.width, cfg.n_heads, cfg.n_layers)
+        tokenizer = args.tokenizer or (Path(named) if named and Path(named).is_file() else None)
+        export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    heads = ", ".join(str(n) for n in sorted(set(widths), reverse=True))
+    print(f"{args.output}: {args.format}, {heads} of {cfg.n_heads} heads")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Our own format for a model on its own: config.json that describes itself, and model.safetensors. No pickle.
+
+It holds the whole nested model, a width, or a mix of widths per layer; a cut model has no more than its own heads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modeling import nesting
+from modeling.config import LanguageConfig
+from modeling.language import LanguageModel
+
+FORMAT = "matmamba-language-model"
+VERSION = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class ModelFolderError(ValueError):
+    """A folder that is no model of ours, or a damaged one; the message says which file and what is wrong."""
+
+
+def write_config(folder: Path, cfg: LanguageConfig, held: nesting.LayerWidths) -> None:
+    """Write config.json of a model whose layers hold `held` heads."""
+    about = {"format": FORMAT, "version": VERSION, "layer_heads": list(held), "model": asdict(cfg)}
+    (folder / CONFIG_NAME).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def save_model(folder: Path, state: Mapping[str, Tensor], cfg: LanguageConfig, held: nesting.LayerWidths) -> None:
+    """Write the model whose parameters (logical names, cut to `held`) are `state`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
+    write_config(folder, cfg, held)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
+    """The model in `folder`, computing in `dtype`. Raises ModelFolderError."""
+    path = folder / CONFIG_NAME
+    try:
+        about = json.loads(path.read_text())
+        if about.get("format") != FORMAT or about.get("version") != VERSION:
+            raise ModelFolderError(
+                f"{path}: format {about.get('format')!r} version {about.get('version')!r}; this code reads {FORMAT} {VERSION}"
+            )
+        known = {field.name for field in fields(LanguageConfig)}
+        raw = about["model"]
+        if not isinstance(raw, dict) or not set(raw) <= known:
+            raise ModelFolderError(f"{path}: model has unknown fields: {sorted(set(raw) - known)}")
+        cfg = LanguageConfig(**{**raw, "widths": tuple(raw["widths"])})
+        held = tuple(int(n) for n in about["layer_heads"])
+        with torch.device("meta"):
+            model = LanguageModel(cfg, dtype=dtype, held=held)
+    except ModelFolderError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFolderError(f"{path} does not describe a model: {error}") from None
+    try:
+        state = load_file(folder / WEIGHTS_NAME, device=device)
+    except (OSError, SafetensorError) as error:
+        raise ModelFolderError(f"{folder / WEIGHTS_NAME} cannot be read ({error}): export it again") from None
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ModelFolderError(
+                f"{folder / WEIGHTS_NAME}: {name} is {found.get(name, 'absent')}, {CONFIG_NAME} says "
+                f"{expected.get(name, 'absent')}"
+            )
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return model.eval()

@@ -1,0 +1,155 @@
+"""What is exported computes what the nested model computes in place, in each format's own library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling import export as export_module
+from modeling import nesting
+from modeling.checkpoint_reader import CheckpointError
+from modeling.config import LanguageConfig
+from modeling.export import export, main, read_state
+from modeling.language import LanguageModel
+from modeling.model_folder import ModelFolderError, load_model
+from tests.parity import oracles
+
+CFG = LanguageConfig(n_layers=3, d_model=64, headdim=16, widths=(8, 4, 2, 1), d_state=16, chunk_size=16, vocab_size=100)
+MIXES = [(8, 8, 8), (8, 2, 4), (1, 8, 3), (2, 2, 2)]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    model = LanguageModel(CFG)
+    model.init_weights(0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def state(model: LanguageModel) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def tokens_bt() -> Tensor:
+    return torch.randint(0, 100, (2, 37), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def in_place(model: LanguageModel, tokens_bt: Tensor, widths: nesting.LayerWidths) -> Tensor:
+    return model.logits(model(tokens_bt, widths))
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("n_heads", CFG.widths)
+def test_transformers_loads_a_width(
+    model: LanguageModel, state: dict[str, Tensor], tokens_bt: Tensor, n_heads: int, tmp_path: Path
+) -> None:
+    from transformers import Mamba2ForCausalLM
+
+    widths = CFG.layer_widths(n_heads)
+    export(state, CFG, widths, "hf", tmp_path / "hf")
+    theirs = Mamba2ForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        logits = theirs(tokens_bt).logits
+    assert relative(logits, in_place(model, tokens_bt, widths)) < TOLERANCE
+
+
+@pytest.mark.parametrize("n_heads", [8, 4])
+def test_mamba_ssm_loads_a_width(
+    model: LanguageModel, state: dict[str, Tensor], tokens_bt: Tensor, n_heads: int, tmp_path: Path
+) -> None:
+    """Its module needs a GPU to run; here it loads the files, and its reference functions run its weights."""
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    widths = CFG.layer_widths(n_heads)
+    export(state, CFG, widths, "mamba_ssm", tmp_path / "m")
+    about = json.loads((tmp_path / "m" / "config.json").read_text())
+    theirs = MambaLMHeadModel(oracles.MambaConfig(**about))
+    loaded = torch.load(tmp_path / "m" / "pytorch_model.bin", weights_only=True)
+    theirs.load_state_dict(loaded)
+    _, small = export_module.cut(state, CFG, n_heads)
+    logits = oracles.mamba_ssm_ref_logits({k: v.double() for k, v in loaded.items()}, small, tokens_bt)
+    assert relative(logits.float(), in_place(model, tokens_bt, widths)) < TOLERANCE
+
+
+@pytest.mark.parametrize("widths", MIXES, ids=str)
+def test_our_format_holds_any_mix_bit_exactly(
+    model: LanguageModel, state: dict[str, Tensor], tokens_bt: Tensor, widths: nesting.LayerWidths, tmp_path: Path
+) -> None:
+    export(state, CFG, widths, "matmamba", tmp_path / "ours")
+    loaded = load_model(tmp_path / "ours")
+    assert loaded.held == widths
+    assert torch.equal(in_place(loaded, tokens_bt, widths), in_place(model, tokens_bt, widths))
+    assert sum(p.numel() for p in loaded.parameters()) <= sum(p.numel() for p in model.parameters())
+
+
+def test_a_cut_model_refuses_what_it_does_not_hold(state: dict[str, Tensor], tokens_bt: Tensor, tmp_path: Path) -> None:
+    export(state, CFG, (4, 2, 4), "matmamba", tmp_path / "mix")
+    mix = load_model(tmp_path / "mix")
+    mix(tokens_bt, (4, 1, 2))
+    with pytest.raises(ValueError, match="layer 1: width 4, but this model was cut to 2 heads"):
+        mix(tokens_bt, (4, 4, 4))
+    with pytest.raises(ModelFolderError, match="holds a mix"):
+        read_state(tmp_path / "mix")
+
+
+def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(state: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one number of heads for all layers"):
+        export(state, CFG, (8, 2, 4), "hf", tmp_path / "a")
+    with pytest.raises(ValueError, match="whole multiple of d_model=64"):
+        export(state, CFG, (2, 2, 2), "mamba_ssm", tmp_path / "b")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="not empty"):
+        export(state, CFG, (8, 8, 8), "hf", tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_command_line_on_a_model_folder(state: dict[str, Tensor], tmp_path: Path) -> None:
+    whole, quarter = tmp_path / "whole", tmp_path / "quarter"
+    tokenizer = tmp_path / "gpt.json"
+    tokenizer.write_text("{}")
+    export(state, CFG, CFG.layer_widths(8), "matmamba", whole)
+    arguments = [str(whole), "--width", "1/4", "--format", "hf", "-o", str(quarter), "--tokenizer", str(tokenizer)]
+    assert main([*arguments, "--dtype", "bf16"]) == 0
+    names = {path.name for path in quarter.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert json.loads((quarter / "config.json").read_text())["num_heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08"), "cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "this code reads"),
+        (lambda folder: _edit(folder, vocab_size=900), "embedding is"),
+        (lambda folder: _edit(folder, d_model="__import__('os')"), "does not describe a model"),
+        (lambda folder: _edit(folder, surprise=1), "unknown fields"),
+    ],
+    ids=["cut short", "no format", "other vocabulary", "hostile value", "unknown field"],
+)
+def test_a_damaged_model_folder_is_refused(state: dict[str, Tensor], tmp_path: Path, damage: object, says: str) -> None:
+    export(state, CFG, CFG.layer_widths(8), "matmamba", tmp_path / "m")
+    damage(tmp_path / "m")  # type: ignore[operator]
+    with pytest.raises(ModelFolderError, match=says):
+        load_model(tmp_path / "m")
+
+
+def test_a_folder_that_is_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a run with a checkpoint"):
+        read_state(tmp_path)
+
+
+def _edit(folder: Path, **values: object) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    about["model"].update(values)
+    (folder / "config.json").write_text(json.dumps(about))
