@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modeling import nesting
 from modeling.config import LanguageConfig
-from modeling.language import logical_shapes
+from modeling.language import LanguageModel, logical_shapes
 
 StateDict = dict[str, Tensor]
 
@@ -31,6 +31,18 @@ def cut(state: Mapping[str, Tensor], cfg: LanguageConfig, n_heads: int) -> tuple
     shapes = logical_shapes(small)
     part = {name: tensor[tuple(slice(size) for size in shapes[name])].clone() for name, tensor in state.items()}
     return part, small
+
+
+def cut_mix(state: Mapping[str, Tensor], cfg: LanguageConfig, widths: nesting.LayerWidths) -> StateDict:
+    """The parameters that the submodel `widths` (heads of each layer) uses, for a LanguageModel with `held=widths`.
+
+    Raises ValueError where the widths or the state dict do not fit `cfg`.
+    """
+    nesting.check_layer_widths(widths, cfg.n_heads, cfg.n_layers, 1)
+    check_state(state, cfg)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LanguageModel(cfg, held=widths).named_parameters()}
+    return {name: tensor[tuple(slice(size) for size in shapes[name])].clone() for name, tensor in state.items()}
 
 
 def check_state(state: Mapping[str, Tensor], cfg: LanguageConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -62,13 +63,19 @@ class LanguageModel(nn.Module):
         tp: TensorParallel | None = None,
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
+        held: nesting.LayerWidths | None = None,
     ) -> None:
-        """With `recompute`, training keeps each block's input alone and computes the block again in backward."""
+        """With `recompute`, training keeps each block's input alone and computes the block again in backward.
+
+        `held` makes a model whose layers hold fewer heads than cfg.n_heads, one count each: a mix that was cut out.
+        """
         super().__init__()
+        self.held = held or nesting.uniform(cfg.n_heads, cfg.n_layers)
+        nesting.check_layer_widths(self.held, cfg.n_heads, cfg.n_layers, 1 if tp is None else tp.size)
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp or TensorParallel(), dtype, recompute
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(cfg, self.tp, dtype) for _ in range(cfg.n_layers))  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(_holding(cfg, n), self.tp, dtype) for n in self.held)  # type: ignore[assignment]
         self.final_norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
 
     def forward(
@@ -85,6 +92,9 @@ class LanguageModel(nn.Module):
         read and overwritten. All ranks of `tp` must call. Raises ValueError where `widths` does not fit the model.
         """
         nesting.check_layer_widths(widths, self.cfg.n_heads, self.cfg.n_layers, self.tp.size)
+        for layer, (asked, held) in enumerate(zip(widths, self.held, strict=True)):
+            if asked > held:
+                raise ValueError(f"layer {layer}: width {asked}, but this model was cut to {held} heads there")
         x_btd, branch_btd = self._embed(tokens_bt), None
         for layer, block in enumerate(self.blocks):
             if self.recompute and states is None and torch.is_grad_enabled():
@@ -120,6 +130,10 @@ class LanguageModel(nn.Module):
             full = _initial_value(name, shapes[name], self.cfg, generator)
             part = local_part(full, layout_of(name), self.cfg.n_heads, self.tp.size, self.tp.rank)
             parameter.copy_(part)
+
+
+def _holding(cfg: LanguageConfig, n_heads: int) -> LanguageConfig:
+    return cfg if n_heads == cfg.n_heads else replace(cfg, n_heads=n_heads, widths=(n_heads,))
 
 
 def logical_shapes(cfg: LanguageConfig) -> dict[str, tuple[int, ...]]:
