@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from modeling.flops import language_parameters
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.distributed import Ranks
 
 logger = logging.getLogger(__name__)
@@ -39,16 +39,7 @@ class PreflightError(ValueError):
 def preflight(cfg: RunConfig, ranks: Ranks) -> None:
     """Check device, links and disk. Every rank must call; raises RankError on all of them, naming rank and node."""
     start = time.monotonic()
-
-    def check() -> None:
-        try:
-            _check_device(ranks.device)
-            if ranks.is_main:
-                _check_disk(cfg)
-        except PreflightError as error:
-            raise PreflightError(f"on node {socket.gethostname()}: {error}") from None
-
-    ranks.attempt(check, (PreflightError, ConfigError))
+    ranks.attempt(lambda: _check_node(cfg, ranks.device, with_disk=ranks.is_main), (PreflightError,))
     nodes = sorted(set(ranks.gather_objects(socket.gethostname())))
     bandwidth = _all_reduce_gb_s(ranks)
     if bandwidth is not None:
@@ -68,6 +59,17 @@ def preflight(cfg: RunConfig, ranks: Ranks) -> None:
         logger.info(
             "preflight: %d ranks on %d nodes%s, %.1f s", ranks.world_size, len(nodes), speed, time.monotonic() - start
         )
+
+
+def _check_node(cfg: RunConfig, device: torch.device, *, with_disk: bool) -> None:
+    """This rank's own checks; raises PreflightError with the node's name."""
+    try:
+        _check_device(device)
+        if with_disk:
+            _check_disk(cfg)
+    # A broken GPU mostly shows as CUDA's own error, a broken mount as the system's: they need the node's name as well.
+    except (PreflightError, RuntimeError, OSError) as error:
+        raise PreflightError(f"on node {socket.gethostname()}: {error}") from error
 
 
 def _check_device(device: torch.device) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import socket
 import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain import preflight as preflight_module
 from pretrain.config_io import config_from_dict
@@ -72,6 +75,20 @@ def test_the_bound_follows_the_run(tmp_path: Path) -> None:
 def _no_room(folder: str) -> str:
     usage = namedtuple("usage", "total used free")
     shutil.disk_usage = lambda path: usage(10, 10, 1000)  # type: ignore[assignment]
+    return _preflight(folder)
+
+
+def _broken_device(folder: str) -> str:
+    def check_device(device: torch.device) -> None:
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    preflight_module._check_device = check_device
+    return _preflight(folder)
+
+
+def _preflight(folder: str) -> str:
+    """What preflight said, or "passed"."""
     cfg = config_from_dict(
         {
             "run_dir": f"{folder}/not/made/yet",
@@ -95,3 +112,8 @@ def test_a_full_disk_is_said_on_all_ranks_with_the_node(tmp_path: Path) -> None:
     assert first == second
     assert "rank 0: on node" in first
     assert "two checkpoints of this run take" in first
+
+
+def test_an_error_of_the_device_itself_is_said_with_the_node(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _broken_device, str(tmp_path))
+    assert first == second == f"rank 1: on node {socket.gethostname()}: CUDA error: uncorrectable ECC error encountered"

@@ -170,12 +170,16 @@ class Cluster:
             f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={port}"
             for name, address, port in zip(self.nodes, addresses, ports, strict=True)
         )
-        (self.folder / "slurm.conf").write_text(CONF.format(d=self.folder, host=host, control=control, nodes=nodes))
+        # Scripts derive their port from the job's number: two clusters on one machine must not number their jobs alike.
+        (self.folder / "slurm.conf").write_text(
+            CONF.format(d=self.folder, host=host, control=control, first_job=100 * control, nodes=nodes)
+        )
 
 
 CONF = """ClusterName=ci
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
+FirstJobId={first_job}
 AuthType=auth/munge
 AuthInfo=socket={d}/munge/munge.sock,cred_expire=5
 CredType=cred/munge
