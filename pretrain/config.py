@@ -162,12 +162,56 @@ class CheckpointConfig:
     """Steps between saves; the last step is always saved. 0 saves only there and on a signal."""
     keep_last: int = 2
     """Newest checkpoints kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for good; 0: none are."""
+    keep_best: bool = False
+    """Also keep, for each width, the checkpoint of its lowest validation loss so far."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a host copy of 12 bytes for each parameter this rank's ZeRO shard has."""
+    stop_margin_s: float = 120.0
+    """Save and stop this long before the job's time limit (SLURM_JOB_END_TIME), beside a step and a save; 0: never."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of run_dir, if any. never: start anew. Else: a checkpoint folder."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must not be negative")
         _require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+        _require(
+            self.keep_every_steps >= 0, f"checkpoint.keep_every_steps={self.keep_every_steps}: must not be negative"
+        )
+        every, keep = self.every_steps, self.keep_every_steps
+        _require(
+            not keep or (every > 0 and keep % every == 0),
+            f"checkpoint.keep_every_steps={keep}: must be a multiple of checkpoint.every_steps={every}",
+        )
+        _require(self.stop_margin_s >= 0, f"checkpoint.stop_margin_s={self.stop_margin_s}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """What happens at a step that is not fit to train on: a loss or gradient that is not finite, or a loss spike.
+
+    Such a step updates nothing and is counted. After `max_skips` of them in a row the run goes back to its newest
+    checkpoint from before them and on with the data after them; it ends after `max_rollbacks` of those.
+    """
+
+    max_skips: int = 5
+    """Bad steps in a row before the run goes back; 0: the first one ends the run."""
+    max_rollbacks: int = 2
+    """Times that the run goes back before it ends."""
+    spike_factor: float = 0.0
+    """A loss above this times the median of the last `spike_window` good ones is a spike; 0: spikes are trained on."""
+    spike_window: int = 50
+    """Good steps that a spike is measured against; until there are as many, nothing counts as one."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_skips", "max_rollbacks"):
+            _require(getattr(self, name) >= 0, f"stability.{name}={getattr(self, name)}: must not be negative")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"stability.spike_factor={self.spike_factor}: must be above 1, or 0 for none",
+        )
+        _require(self.spike_window >= 1, f"stability.spike_window={self.spike_window}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +250,7 @@ class RunConfig:
     nesting: NestingConfig = field(default_factory=NestingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32."""
