@@ -140,10 +140,13 @@ class ParallelConfig:
 
     tensor: int = 1
     """Tensor-parallel ranks; must divide every trained width's head count."""
+    sequence: bool = False
+    """Between mixers, split the tokens over the tensor-parallel ranks instead of keeping all of them on each."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage. 1 shards the optimizer's state over data-parallel ranks; 2 gradients too."""
-    activation_checkpointing: Literal["none", "block"] = "none"
-    """none: keep every activation. block: keep each block's input alone and compute the rest again in backward."""
+    activation_checkpointing: Literal["none", "selective", "block"] = "none"
+    """none: keep every activation. selective: keep the projections, do convolution, scan and norm again in backward.
+    block: keep each block's input alone and do all of it again."""
 
     def __post_init__(self) -> None:
         _require(self.tensor >= 1, f"parallel.tensor={self.tensor}: must be at least 1")
@@ -275,6 +278,10 @@ class RunConfig:
             self.parallel.tensor in allowed,
             f"parallel.tensor={self.parallel.tensor} does not divide every width of {list(self.model.widths)} heads: "
             f"use one of {allowed} or drop a width",
+        )
+        _require(
+            not self.parallel.sequence or self.data.seq_len % self.parallel.tensor == 0,
+            f"parallel.sequence: parallel.tensor={self.parallel.tensor} does not divide data.seq_len={self.data.seq_len}",
         )
 
     @property

@@ -89,11 +89,11 @@ class Ranks:
         return cast(T, result)
 
 
-def init_ranks(tensor_parallel: int) -> Ranks:
+def init_ranks(tensor_parallel: int, *, sequence: bool = False) -> Ranks:
     """Join the job that torchrun or Slurm started, or make one of a single rank, and split it into tp x dp.
 
     Uses NCCL and one GPU a rank where there are GPUs, gloo otherwise. Raises ConfigError where the launcher's variables
-    are incomplete, or the ranks do not divide by `tensor_parallel`. Every rank must call.
+    are incomplete, or the ranks do not divide by `tensor_parallel`. `sequence` is parallel.sequence. Every rank must call.
     """
     _read_launcher()
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -112,6 +112,7 @@ def init_ranks(tensor_parallel: int) -> Ranks:
             size=tensor_parallel,
             rank=parallel_state.get_tensor_model_parallel_rank(),
             group=parallel_state.get_tensor_model_parallel_group(),
+            sequence=sequence,
         ),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

@@ -204,7 +204,7 @@ def evaluate(run: Run) -> None:
 
 def main(cfg: RunConfig) -> int:
     """Build everything in order, train, and return the exit code. Every rank must call."""
-    ranks = init_ranks(cfg.parallel.tensor)
+    ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
     _set_up_logging(ranks)
     _check_same_config(cfg, ranks)
     cfg.grad_accum_steps(ranks.world_size)  # raises where tokens_per_step does not divide
@@ -217,7 +217,7 @@ def main(cfg: RunConfig) -> int:
 
     dtype = compute_dtype(cfg, ranks.device)
     with torch.device("meta"):
-        recompute = cfg.parallel.activation_checkpointing == "block"
+        recompute = cfg.parallel.activation_checkpointing
         model = LanguageModel(cfg.model, tp=ranks.tp, dtype=dtype, recompute=recompute)
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
