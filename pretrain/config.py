@@ -147,9 +147,13 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "selective", "block"] = "none"
     """none: keep every activation. selective: keep the projections, do convolution, scan and norm again in backward.
     block: keep each block's input alone and do all of it again."""
+    check_replicas_every: int = 500
+    """Steps between checks that ranks which must hold the same parameters do, bit for bit; 0: only before a save."""
 
     def __post_init__(self) -> None:
         _require(self.tensor >= 1, f"parallel.tensor={self.tensor}: must be at least 1")
+        every = self.check_replicas_every
+        _require(every >= 0, f"parallel.check_replicas_every={every}: must not be negative")
         _require(
             self.zero_stage in (1, 2),
             f"parallel.zero_stage={self.zero_stage}: must be 1 or 2. Stage 0 has no sharded state to checkpoint; stage 3 "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.distributed import DistError
 
 from modeling.checkpoint_reader import RunState
 from modeling.language import LanguageModel
@@ -22,15 +23,17 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.data import Batch, TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
-from pretrain.distributed import Ranks, close_ranks, init_ranks
+from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import validation_losses
+from pretrain.heartbeat import Heartbeats
 from pretrain.metrics import MetricsWriter, Record, StepMeter
 from pretrain.objective import draws_per_micro_batch, step_widths, width_losses
 from pretrain.optim import learning_rate
 from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
+from pretrain.replicas import check_replicas
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, count, gone_back, why_bad
 from pretrain.stopping import Stop, StopWatch
@@ -179,9 +182,15 @@ def skip(run: Run, why: str) -> bool:
 
 
 def save(run: Run, *, wait: bool) -> None:
-    """Finish the checkpoint in flight if it is written; start the one that is due; `wait` for it to be whole."""
+    """Finish the checkpoint in flight if it is written; start the one that is due; `wait` for it to be whole.
+
+    Ranks that drifted apart are found before they are saved.
+    """
     done = [run.saver.poll()]
-    if wait or run.due(run.cfg.checkpoint.every_steps):
+    due = wait or run.due(run.cfg.checkpoint.every_steps)
+    if due or run.due(run.cfg.parallel.check_replicas_every):
+        check_replicas(run.model, run.ranks)
+    if due:
         done.append(run.saver.start(run.state))
         run.saved_step = run.state.step
         if wait or not run.cfg.checkpoint.asynchronous:
@@ -255,11 +264,16 @@ def main(cfg: RunConfig) -> int:
             progress=progress,
             saver=Saver(engine, cfg, ranks),
             stop=stop,
-            watchdog=Watchdog(cfg.run_dir, ranks.rank),
+            watchdog=Watchdog(cfg.run_dir, ranks.rank, heartbeats=Heartbeats(ranks)),
             state=state,
         )
         try:
             code = train(run)
+        except RuntimeError as error:  # a collective fails where a rank is gone, and does not say which
+            lost = run.watchdog.lost_ranks() if _is_broken_link(error) else []
+            if lost:
+                raise RankError(f"rank {ranks.rank}: {'; '.join(lost)}: lost ({error})") from error
+            raise
         finally:
             run.watchdog.stop()
             run.saver.close()
@@ -267,6 +281,12 @@ def main(cfg: RunConfig) -> int:
             run.writer.close()
     close_ranks()
     return code
+
+
+def _is_broken_link(error: RuntimeError) -> bool:
+    """Whether a collective raised it: gloo raises plain RuntimeErrors, NCCL its own."""
+    text = str(error)
+    return isinstance(error, DistError) or any(word in text for word in ("gloo", "Connection", "NCCL"))
 
 
 def _mixer_path(cfg: RunConfig, device: torch.device) -> str:
