@@ -94,8 +94,10 @@ class _FusedMixer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights = ctx.saved_tensors[0], MixerWeights(*ctx.saved_tensors[1:14])
-        projection, projected, delta, decay, sums, out_weight, seq_idx, *inside = ctx.saved_tensors[14:]
+        # Read once: under torch.utils.checkpoint a second reading finds the tensors already given away.
+        saved = ctx.saved_tensors
+        x, weights = saved[0], MixerWeights(*saved[1:14])
+        projection, projected, delta, decay, sums, out_weight, seq_idx, *inside = saved[14:]
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]

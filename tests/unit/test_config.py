@@ -24,7 +24,7 @@ BAD_VALUES = [
     ("nesting.rule", "some"), ("nesting.draw", "mixed"), ("nesting.loss_weights", [1.0]),
     ("nesting.loss_weights", [1.0, -1.0]), ("nesting.distill_weight", -1.0), ("nesting.distill_temperature", 0.0),
     ("nesting.rule", "sandwich"),
-    ("parallel.tensor", 0), ("parallel.tensor", 3), ("parallel.zero_stage", 0), ("parallel.zero_stage", 3), ("parallel.activation_checkpointing", "selective"),
+    ("parallel.tensor", 0), ("parallel.tensor", 3), ("parallel.zero_stage", 0), ("parallel.zero_stage", 3), ("parallel.activation_checkpointing", "some"),
     ("checkpoint.every_steps", -1), ("checkpoint.keep_last", 0),
     ("logging.every_steps", 0), ("logging.eval_every_steps", -1), ("logging.eval_sequences", 0),
     ("logging.wandb", "maybe"), ("logging.peak_tflops", -1.0),
