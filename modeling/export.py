@@ -8,7 +8,7 @@ CHECKPOINT is a run's folder (its newest checkpoint), one checkpoint, or a folde
 |---|---|---|
 | hf | transformers' Mamba2ForCausalLM.from_pretrained | any uniform width |
 | mamba_ssm | mamba-ssm's MambaLMHeadModel.from_pretrained | uniform, if its channels are a whole multiple of d_model |
-| matmamba | modeling.model_folder.load_model, modeling.generate | any, per-layer mixes and the whole nested model too |
+| matmamba | modeling.model_folder.load_model, modeling.generate, modeling.serve | any, per-layer mixes and the whole nested model too |
 """
 
 from __future__ import annotations
