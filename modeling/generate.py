@@ -17,9 +17,9 @@ import torch
 
 from modeling.checkpoint_reader import CheckpointError
 from modeling.decode import Conversation, check_prompts, generate
-from modeling.nesting import parse_layer_widths
 from modeling.open_model import DTYPES, open_model
 from modeling.sampling import Sampling
+from modeling.search import read_widths
 from modeling.speculative import generate_speculatively
 from modeling.text import TextStream, open_text
 
@@ -54,12 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         opened = open_model(args.model, dtype=args.dtype, device=args.device)
         model = opened.model
         text = open_text(args.tokenizer or opened.tokenizer, model.cfg.vocab_size)
-        widths = [parse_layer_widths(turn, model.cfg.n_heads, model.cfg.n_layers) for turn in turns]
+        widths = [read_widths(turn, model.cfg.n_heads, model.cfg.n_layers) for turn in turns]
         prompts = [text.encode(prompt) or [text.eos_id] for prompt in args.prompt]
         check_prompts(prompts, model.cfg.vocab_size)
         for one in widths:
             model.check_widths(one)
-        draft = args.speculate and parse_layer_widths(args.speculate, model.cfg.n_heads, model.cfg.n_layers)
+        draft = args.speculate and read_widths(args.speculate, model.cfg.n_heads, model.cfg.n_layers)
         generator = torch.Generator(model.device).manual_seed(args.seed)
         common = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "generator": generator}
         start = time.perf_counter()
