@@ -146,6 +146,12 @@ class InferenceModel:
             ssm.append(torch.zeros(shape, dtype=self.state_dtype, device=self.device))
         return State(widths, conv, ssm)
 
+    def state_bytes(self, widths: LayerWidths) -> int:
+        """Bytes of one sequence's state at `widths`."""
+        cfg, inner = self.cfg, [heads * self.cfg.headdim for heads in widths]
+        conv = sum(i + 2 * cfg.d_state for i in inner) * (cfg.d_conv - 1) * self.dtype.itemsize
+        return conv + sum(inner) * cfg.d_state * self.state_dtype.itemsize
+
     @torch.no_grad()
     def forward(self, tokens_bt: Tensor, state: State, lengths_b: Tensor | None = None) -> Tensor:
         """Final hidden states, compute dtype, shape b t d, of the submodel and past that `state` holds; it moves on.

@@ -157,6 +157,8 @@ def test_bfloat16_stays_near_float32(trained: LanguageModel, model: InferenceMod
     rough = half.logits(prefill(half, ids, state))
     assert 1e-6 < relative(rough, exact) < 3e-2
     assert state.n_bytes * 2 == model.empty_state(1, widths).n_bytes
+    assert half.state_bytes(widths) == state.n_bytes
+    assert 3 * model.state_bytes((8, 2, 4)) == model.empty_state(3, (8, 2, 4)).n_bytes
 
 
 @pytest.mark.parametrize("bad", [[], [[]], [[1], []], [[100]], [[5, -1]]])
