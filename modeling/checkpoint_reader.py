@@ -21,7 +21,8 @@ from modeling.config import LanguageConfig
 from modeling.language import logical_shapes
 from modeling.tensor_parallel import layout_of, local_index, local_shape
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: the manifest carries a hash of itself. Version 1, which does not, is read too."""
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -51,6 +52,14 @@ class RunState:
     """Sequences drawn from the global data order."""
     n_updates: int = 0
     """Optimizer updates applied; Adam's step."""
+    bad_steps: int = 0
+    """Steps so far that updated nothing: a loss or gradient that was not finite, or a loss spike."""
+    bad_in_a_row: int = 0
+    """How many of them the last steps were."""
+    rollbacks: int = 0
+    """Times the run went back to an earlier checkpoint."""
+    recent_losses: tuple[float, ...] = ()
+    """Losses of the last good steps, that a spike is measured against; empty where spikes are not looked for."""
 
 
 def tensor_key(piece: Piece, kind: str) -> str:
@@ -64,6 +73,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """Hex SHA-256 of a manifest's content without its own "sha256" entry, whatever its white space."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 class Reader:
     """A checkpoint on disk. Opening it checks the manifest; `verify` re-reads every byte."""
 
@@ -74,16 +89,20 @@ class Reader:
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
             version = self.manifest["format_version"]
+            said = self.manifest["sha256"] if version == FORMAT_VERSION else None
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: {self.folder} is not a whole checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read ({error!r}): take another checkpoint") from None
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise CheckpointError(
-                f"{path} has format version {version}, this code reads {FORMAT_VERSION}: use the code that wrote it"
+                f"{path} has format version {version}, this code reads 1 to {FORMAT_VERSION}: use the code that wrote it"
             )
+        if said is not None and said != manifest_sha256(self.manifest):
+            raise CheckpointError(f"{path}: contents do not match its own SHA-256: take another checkpoint")
         try:
-            self.state = RunState(**self.manifest["state"])
+            state = self.manifest["state"]
+            self.state = RunState(**{**state, "recent_losses": tuple(state.get("recent_losses", ()))})
             self.tp = int(self.manifest["layout"]["tensor"])
             self.files: list[dict[str, Any]] = self.manifest["files"]
             self._pieces: dict[str, list[tuple[str, Piece]]] = {}

@@ -1,6 +1,6 @@
 """The nested language model: embedding, MatMamba2 blocks, final norm, head tied to the embedding.
 
-Letters: b batch, t time, d model, v vocabulary (this rank's rows).
+Letters: b batch, t time, d model, m tokens between mixers, v vocabulary (this rank's rows).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +22,38 @@ from modeling.ops.norm import add_rms_norm
 from modeling.tensor_parallel import Layout, TensorParallel, layout_of, local_part
 
 EMBEDDING_STD = 0.02
+Recompute = Literal["none", "selective", "block"]
 
 
 class Block(nn.Module):
     """Add the branch before it, then norm and mix: x + branch, mixer(norm(x + branch)).
 
     Blocks hand on the residual stream (float32) and what is yet to be added to it, so that the addition and the next
-    norm are one pass over memory.
+    norm are one pass over memory. Between mixers tokens are flattened: m, batch and time, or under sequence parallelism
+    this rank's share of them.
     """
 
-    def __init__(self, cfg: LanguageConfig, tp: TensorParallel, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: LanguageConfig, tp: TensorParallel, dtype: torch.dtype, *, recompute: bool = False) -> None:
         super().__init__()
-        self.eps, self.dtype = cfg.norm_eps, dtype
+        self.eps, self.dtype, self.tp = cfg.norm_eps, dtype, tp
         self.norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
-        self.mixer = Mixer(cfg, tp, dtype)
+        self.mixer = Mixer(cfg, tp, dtype, recompute=recompute)
 
     def forward(
         self,
-        x_btd: Tensor,
-        branch_btd: Tensor | None,
+        x_md: Tensor,
+        branch_md: Tensor | None,
         n_heads: int,
+        batch: int,
         seq_idx_bt: Tensor | None = None,
         state: MixerState | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream with `branch_btd` (None: nothing) added, and this block's own branch at `n_heads` heads."""
-        x_btd, normed_btd = add_rms_norm(x_btd, branch_btd, self.norm, eps=self.eps, dtype=self.dtype)
-        return x_btd, self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state)
+        """The residual stream with `branch_md` (None: nothing) added, and this block's own branch at `n_heads` heads."""
+        weight = self.tp.replicate(self.norm)
+        x_md, normed_md = add_rms_norm(x_md, branch_md, weight, eps=self.eps, dtype=self.dtype)
+        normed_btd = self.tp.enter(normed_md).unflatten(0, (batch, -1))
+        partial_btd = self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state)
+        return x_md, self.tp.leave(partial_btd.flatten(0, 1))
 
 
 class LanguageModel(nn.Module):
@@ -62,10 +69,11 @@ class LanguageModel(nn.Module):
         *,
         tp: TensorParallel | None = None,
         dtype: torch.dtype = torch.float32,
-        recompute: bool = False,
+        recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
     ) -> None:
-        """With `recompute`, training keeps each block's input alone and computes the block again in backward.
+        """`recompute` trades memory of training for time: "selective" keeps the mixers' projections and does what lies
+        between them again in backward, "block" keeps each block's input alone and does the whole block again.
 
         `held` makes a model whose layers hold fewer heads than cfg.n_heads, one count each: a mix that was cut out.
         """
@@ -75,7 +83,9 @@ class LanguageModel(nn.Module):
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp or TensorParallel(), dtype, recompute
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(_holding(cfg, n), self.tp, dtype) for n in self.held)  # type: ignore[assignment]
+        inside = recompute == "selective"
+        blocks = [Block(_holding(cfg, n), self.tp, dtype, recompute=inside) for n in self.held]
+        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final_norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
 
     def forward(
@@ -95,21 +105,31 @@ class LanguageModel(nn.Module):
         for layer, (asked, held) in enumerate(zip(widths, self.held, strict=True)):
             if asked > held:
                 raise ValueError(f"layer {layer}: width {asked}, but this model was cut to {held} heads there")
-        x_btd, branch_btd = self._embed(tokens_bt), None
+        batch = tokens_bt.shape[0]
+        x_md, branch_md = self._embed(tokens_bt), None
         for layer, block in enumerate(self.blocks):
-            if self.recompute and states is None and torch.is_grad_enabled():
+            if self.recompute == "block" and states is None and torch.is_grad_enabled():
                 # Nothing in a block is random, so there is no generator to put back.
-                x_btd, branch_btd = checkpoint(
-                    block, x_btd, branch_btd, widths[layer], seq_idx_bt, use_reentrant=False, preserve_rng_state=False
+                x_md, branch_md = checkpoint(
+                    block,
+                    x_md,
+                    branch_md,
+                    widths[layer],
+                    batch,
+                    seq_idx_bt,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
                 state = None if states is None else states[layer]
-                x_btd, branch_btd = block(x_btd, branch_btd, widths[layer], seq_idx_bt, state)
-        return add_rms_norm(x_btd, branch_btd, self.final_norm, eps=self.cfg.norm_eps, dtype=self.dtype)[1]
+                x_md, branch_md = block(x_md, branch_md, widths[layer], batch, seq_idx_bt, state)
+        weight = self.tp.replicate(self.final_norm)
+        hidden_md = add_rms_norm(x_md, branch_md, weight, eps=self.cfg.norm_eps, dtype=self.dtype)[1]
+        return self.tp.enter(hidden_md).unflatten(0, (batch, -1))
 
     def logits(self, hidden_btd: Tensor) -> Tensor:
         """Scores of this rank's vocabulary rows, float32, shape b t v; padding rows beyond cfg.vocab_size included."""
-        return F.linear(self.tp.enter(hidden_btd), self.embedding.to(self.dtype)).float()
+        return F.linear(hidden_btd, self.embedding.to(self.dtype)).float()
 
     def empty_states(self, batch: int, widths: nesting.LayerWidths) -> list[MixerState]:
         """One state a layer, before the first token of `batch` sequences."""
@@ -119,7 +139,7 @@ class LanguageModel(nn.Module):
         local_bt = tokens_bt - self.vocab.start
         mine_bt = (local_bt >= 0) & (local_bt < len(self.vocab))
         rows_btd = F.embedding(torch.where(mine_bt, local_bt, 0), self.embedding)
-        return self.tp.leave(rows_btd * mine_bt[..., None])
+        return self.tp.leave((rows_btd * mine_bt[..., None]).flatten(0, 1))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

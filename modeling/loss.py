@@ -46,7 +46,7 @@ def next_token_loss(
     teacher's logits. All ranks of tp must call.
     """
     tp, dtype = model.tp, model.dtype
-    hidden_md = tp.enter(hidden_btd).flatten(0, 1)
+    hidden_md = hidden_btd.flatten(0, 1)
     teacher_md = None if teacher_btd is None else teacher_btd.detach().flatten(0, 1)
     total, next_token = _PiecewiseLoss.apply(
         hidden_md,
@@ -68,7 +68,7 @@ def cross_entropy_sum(logits_mv: Tensor, local_targets_m: Tensor, tp: TensorPara
     """
     mine_m = (local_targets_m >= 0) & (local_targets_m < logits_mv.shape[1])
     picked_m = logits_mv.gather(1, torch.where(mine_m, local_targets_m, 0)[:, None])[:, 0] * mine_m
-    return (_log_sum_exp(logits_mv, tp)[:, 0] - tp.leave(picked_m)).sum()
+    return (_log_sum_exp(logits_mv, tp)[:, 0] - tp.sum(picked_m)).sum()
 
 
 def distillation_sum(student_mv: Tensor, teacher_mv: Tensor, temperature: float, tp: TensorParallel) -> Tensor:
@@ -77,13 +77,13 @@ def distillation_sum(student_mv: Tensor, teacher_mv: Tensor, temperature: float,
     log_student_mv = student_mv - _log_sum_exp(student_mv, tp)
     log_teacher_mv = teacher_mv - _log_sum_exp(teacher_mv, tp)
     kl_m = (log_teacher_mv.exp() * (log_teacher_mv - log_student_mv)).sum(-1)
-    return temperature**2 * tp.leave(kl_m).sum()
+    return temperature**2 * tp.sum(kl_m).sum()
 
 
 def _log_sum_exp(logits_mv: Tensor, tp: TensorParallel) -> Tensor:
     peak_m1 = tp.maximum(logits_mv.amax(-1, keepdim=True))
-    # Every rank takes the same loss from the sum, so its gradient is complete on each: `leave`, not `total`.
-    return peak_m1 + torch.log(tp.leave(torch.exp(logits_mv - peak_m1).sum(-1, keepdim=True)))
+    # Every rank takes the same loss from the sum, so its gradient is complete on each: `sum`, not `total`.
+    return peak_m1 + torch.log(tp.sum(torch.exp(logits_mv - peak_m1).sum(-1, keepdim=True)))
 
 
 def _cross_entropy_piece(
@@ -100,7 +100,7 @@ def _cross_entropy_piece(
     logits_mv = F.linear(hidden_md, head_vd)
     peak_m, sum_m, picked_m = softmax_statistics(logits_mv, local_targets_m)
     highest_m = tp.maximum(peak_m)
-    sum_m, picked_m = tp.leave(torch.stack([sum_m * torch.exp(peak_m - highest_m), picked_m])).unbind()
+    sum_m, picked_m = tp.sum(torch.stack([sum_m * torch.exp(peak_m - highest_m), picked_m])).unbind()
     if grad_hidden_md is not None and grad_head_vd is not None:
         write_gradient(logits_mv, local_targets_m, highest_m, sum_m, 1.0 / n_tokens)
         torch.mm(logits_mv, head_vd, out=grad_hidden_md)

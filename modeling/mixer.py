@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling import nesting
 from modeling.config import BackboneConfig
@@ -44,9 +45,10 @@ class Mixer(nn.Module):
     prefix of rows and tensor parallelism never has to shard a part of a tensor.
     """
 
-    def __init__(self, cfg: BackboneConfig, tp: TensorParallel, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: BackboneConfig, tp: TensorParallel, dtype: torch.dtype, *, recompute: bool = False) -> None:
+        """With `recompute`, training keeps the projections alone and does what lies between them again in backward."""
         super().__init__()
-        self.cfg, self.tp, self.dtype = cfg, tp, dtype
+        self.cfg, self.tp, self.dtype, self.recompute = cfg, tp, dtype, recompute
         heads = nesting.local_heads(cfg.n_heads, tp.size)
         inner, bc = heads * cfg.headdim, 2 * cfg.d_state
 
@@ -72,6 +74,8 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """Mix `x_btd` (compute dtype) with the model's first `n_heads` heads; same shape and dtype.
 
+        Under tensor parallelism this is the share of this rank's heads: the caller sums it over `tp`, and sums the
+        gradient of `x_btd` (TensorParallel.leave and enter).
         `seq_idx_bt` numbers documents that must not see each other. `state`, where given, is read as the past and
         overwritten with the present, so that a sequence can be fed in pieces of any length. All ranks of `tp` must call.
         """
@@ -84,17 +88,30 @@ class Mixer(nn.Module):
         shared = ("in_bc", "conv_bc", "conv_bc_bias")
         weights = [tp.share(getattr(self, f)) if f in shared else getattr(self, f) for f in MixerWeights._fields]
         heads = nesting.local_heads(n_heads, tp.size)
-        shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps)
+        shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps, recompute=self.recompute)
         total = tp.total if tp.size > 1 else None
-        return tp.leave(fused_mixer(tp.enter(x_btd), MixerWeights(*weights), shape, seq_idx_bt=seq_idx_bt, total=total))
+        return fused_mixer(x_btd, MixerWeights(*weights), shape, seq_idx_bt=seq_idx_bt, total=total)
 
     def _plain(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, state: MixerState | None) -> Tensor:
         cfg, tp = self.cfg, self.tp
         heads = nesting.local_heads(n_heads, tp.size)
-        inner, bc = heads * cfg.headdim, 2 * cfg.d_state
+        inner = heads * cfg.headdim
 
         weight = torch.cat([self.in_z[:inner], self.in_x[:inner], tp.share(self.in_bc), self.in_dt[:heads]])
-        projected = F.linear(tp.enter(x_btd), weight.to(self.dtype))
+        projected = F.linear(x_btd, weight.to(self.dtype))
+        if self.recompute and state is None and torch.is_grad_enabled():
+            normed_bti = checkpoint(
+                self._inside, projected, n_heads, seq_idx_bt, None, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            normed_bti = self._inside(projected, n_heads, seq_idx_bt, state)
+        return F.linear(normed_bti, self.out[:, :inner].to(self.dtype))
+
+    def _inside(self, projected: Tensor, n_heads: int, seq_idx_bt: Tensor | None, state: MixerState | None) -> Tensor:
+        """Between the two projections: convolve, scan, gate, norm."""
+        cfg, tp = self.cfg, self.tp
+        heads = nesting.local_heads(n_heads, tp.size)
+        inner, bc = heads * cfg.headdim, 2 * cfg.d_state
         z_bti, xbc_btc, dt_bth = projected.split([inner, inner + bc, heads], dim=-1)
 
         conv = torch.cat([self.conv_x[:inner], tp.share(self.conv_bc)])
@@ -120,7 +137,7 @@ class Mixer(nn.Module):
             state.ssm_bhpn = last_bhpn
 
         u_bti = norm.gate(rearrange(y_bthp, "b t h p -> b t (h p)"), z_bti)
-        normed_bti = norm.scale(
+        return norm.scale(
             u_bti,
             tp.total(norm.square_sum(u_bti)),
             self.gated_norm[:inner],
@@ -128,7 +145,6 @@ class Mixer(nn.Module):
             eps=cfg.norm_eps,
             dtype=self.dtype,
         )
-        return tp.leave(F.linear(normed_bti, self.out[:, :inner].to(self.dtype)))
 
     def empty_state(self, batch: int, n_heads: int) -> MixerState:
         """The state before the first token of `batch` sequences at this width."""

@@ -6,7 +6,11 @@
 | out columns                                                 | by head, strided (HEAD_COLUMNS) | local                  |
 | in_bc, conv_bc: B and C, one group that feeds every head    | replicated (SHARED)             | partial: summed over tp, once, on the weight |
 | embedding, which is also the head                           | by vocabulary (VOCAB_ROWS)      | local                  |
-| norms of the residual stream                                | replicated (REPLICATED)         | identical on each rank |
+| norms of the residual stream                                | replicated (REPLICATED)         | identical on each rank; with sequence parallelism partial: summed over tp |
+
+With sequence parallelism each rank holds its share of a micro-batch's tokens between the mixers, so that norms, additions
+and what they keep for backward are done once and not tp times: the all-reduce after a mixer becomes a reduce-scatter, and
+an all-gather before the next one. Tokens are flattened (batch, then time), so any micro-batch whose tokens tp divides fits.
 
 `tp = 1` runs the same code; a collective over one rank is the identity, inside the collective.
 """
@@ -84,17 +88,31 @@ class TensorParallel:
     """This rank's number among them."""
     group: Any = None
     """Their process group; None only where size is 1."""
+    sequence: bool = False
+    """Sequence parallelism: between mixers this rank holds only its share of the tokens."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """Into the sharded region: identity forward, gradient summed over tp backward."""
-        return x if self.size == 1 else copy_to_tensor_model_parallel_region(x, self.group)
+        """Into a sharded layer: all tokens (dim 0) on every rank; the ranks' gradients are summed backward."""
+        if self.size == 1:
+            return x
+        return _Gather.apply(x, self) if self.sequence else copy_to_tensor_model_parallel_region(x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Out of a sharded layer: the ranks' parts summed; with sequence parallelism each keeps its share of the tokens."""
+        if self.size == 1:
+            return x
+        return _Scatter.apply(x, self) if self.sequence else self.sum(x)
 
     def share(self, weight: Tensor) -> Tensor:
         """A replicated weight that each rank uses for its own heads: its partial gradients are summed over tp here, once."""
-        return self.enter(weight)
+        return weight if self.size == 1 else copy_to_tensor_model_parallel_region(weight, self.group)
 
-    def leave(self, x: Tensor) -> Tensor:
-        """Out of the sharded region: summed over tp forward, identity backward."""
+    def replicate(self, weight: Tensor) -> Tensor:
+        """A replicated weight that works on the tokens between mixers: which are this rank's own under sequence parallelism."""
+        return self.share(weight) if self.sequence else weight
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Summed over tp forward, identity backward: for what every rank goes on with alike."""
         # Megatron's mapping returns a non-contiguous tensor unreduced, and writes into a contiguous one.
         return x if self.size == 1 else reduce_from_tensor_model_parallel_region(x.contiguous().clone(), self.group)
 
@@ -123,6 +141,47 @@ class _SumBothWays(torch.autograd.Function):
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """Megatron's mapping of this kind, and the next one, ask for a CUDA device even where there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return _gather(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, ctx.tp), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return _scatter(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.tp), None
+
+
+def _gather(x: Tensor, tp: TensorParallel) -> Tensor:
+    whole = x.new_empty(x.shape[0] * tp.size, *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=tp.group)
+    return whole
+
+
+def _scatter(x: Tensor, tp: TensorParallel) -> Tensor:
+    if x.shape[0] % tp.size:
+        raise ValueError(
+            f"sequence parallelism: {x.shape[0]} tokens (batch x time) do not divide into tp={tp.size} parts: choose "
+            "another micro-batch or length, or parallel.sequence=false"
+        )
+    part = x.new_empty(x.shape[0] // tp.size, *x.shape[1:])
+    dist.reduce_scatter_tensor(part, x.contiguous(), group=tp.group)
+    return part
 
 
 def local_shape(shape: tuple[int, ...], layout: Layout, tp: int) -> tuple[int, ...]:

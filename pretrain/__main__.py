@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     from modeling.checkpoint_reader import CheckpointError
     from pretrain.distributed import RankError
     from pretrain.shard_store import DatasetError
-    from pretrain.train import NonFiniteError
+    from pretrain.stability import NonFiniteError
     from pretrain.train import main as train
 
     try:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modeling.checkpoint_reader import Piece, file_sha256, tensor_key
+from modeling.checkpoint_reader import Piece, file_sha256, manifest_sha256, tensor_key
 
 TEMPORARY = ".writing-"
 
@@ -73,25 +73,24 @@ def begin(root: Path, step: int) -> Path:
     return temporary
 
 
-def commit(root: Path, step: int, manifest: dict[str, Any], keep_last: int) -> Path:
-    """Make the checkpoint whose rank files are all on disk the newest one, then prune. One rank calls this."""
+def commit(root: Path, step: int, manifest: dict[str, Any]) -> Path:
+    """Make the checkpoint whose rank files are all on disk the newest one. One rank calls this."""
     temporary, final = temporary_dir(root, step), root / step_name(step)
-    _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
+    signed = {**manifest, "sha256": manifest_sha256(manifest)}
+    _write_synced(temporary / "manifest.json", json.dumps(signed, indent=1))
     _sync_folder(temporary)
     temporary.rename(final)
     _sync_folder(root)
     _write_synced(root / ".latest", final.name + "\n")
     (root / ".latest").rename(root / "latest")
     _sync_folder(root)
-    for old in sorted(root.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(old)
     return final
 
 
-def set_aside(folders: list[Path]) -> None:
-    """Rename damaged checkpoints so that neither resuming nor pruning counts them; people may still look into them."""
+def set_aside(folders: list[Path], why: str) -> None:
+    """Rename checkpoints to `why`-step_N, so that neither resuming nor pruning counts them; people may look into them."""
     for folder in folders:
-        target = folder.with_name(f"damaged-{folder.name}")
+        target = folder.with_name(f"{why}-{folder.name}")
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
 
@@ -119,3 +118,9 @@ def _sync_folder(folder: Path) -> None:
 def candidates(root: Path) -> list[Path]:
     """Checkpoints of a run, newest first. `latest` is for people and scripts; what is whole is decided by reading."""
     return sorted(root.glob("step_*"), reverse=True)
+
+
+if __name__ == "__main__":
+    from pretrain.checkpoint_tool import main
+
+    raise SystemExit(main())

@@ -140,13 +140,20 @@ class ParallelConfig:
 
     tensor: int = 1
     """Tensor-parallel ranks; must divide every trained width's head count."""
+    sequence: bool = False
+    """Between mixers, split the tokens over the tensor-parallel ranks instead of keeping all of them on each."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage. 1 shards the optimizer's state over data-parallel ranks; 2 gradients too."""
-    activation_checkpointing: Literal["none", "block"] = "none"
-    """none: keep every activation. block: keep each block's input alone and compute the rest again in backward."""
+    activation_checkpointing: Literal["none", "selective", "block"] = "none"
+    """none: keep every activation. selective: keep the projections, do convolution, scan and norm again in backward.
+    block: keep each block's input alone and do all of it again."""
+    check_replicas_every: int = 500
+    """Steps between checks that ranks which must hold the same parameters do, bit for bit; 0: only before a save."""
 
     def __post_init__(self) -> None:
         _require(self.tensor >= 1, f"parallel.tensor={self.tensor}: must be at least 1")
+        every = self.check_replicas_every
+        _require(every >= 0, f"parallel.check_replicas_every={every}: must not be negative")
         _require(
             self.zero_stage in (1, 2),
             f"parallel.zero_stage={self.zero_stage}: must be 1 or 2. Stage 0 has no sharded state to checkpoint; stage 3 "
@@ -162,12 +169,56 @@ class CheckpointConfig:
     """Steps between saves; the last step is always saved. 0 saves only there and on a signal."""
     keep_last: int = 2
     """Newest checkpoints kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for good; 0: none are."""
+    keep_best: bool = False
+    """Also keep, for each width, the checkpoint of its lowest validation loss so far."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a host copy of 12 bytes for each parameter this rank's ZeRO shard has."""
+    stop_margin_s: float = 120.0
+    """Save and stop this long before the job's time limit (SLURM_JOB_END_TIME), beside a step and a save; 0: never."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of run_dir, if any. never: start anew. Else: a checkpoint folder."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must not be negative")
         _require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+        _require(
+            self.keep_every_steps >= 0, f"checkpoint.keep_every_steps={self.keep_every_steps}: must not be negative"
+        )
+        every, keep = self.every_steps, self.keep_every_steps
+        _require(
+            not keep or (every > 0 and keep % every == 0),
+            f"checkpoint.keep_every_steps={keep}: must be a multiple of checkpoint.every_steps={every}",
+        )
+        _require(self.stop_margin_s >= 0, f"checkpoint.stop_margin_s={self.stop_margin_s}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """What happens at a step that is not fit to train on: a loss or gradient that is not finite, or a loss spike.
+
+    Such a step updates nothing and is counted. After `max_skips` of them in a row the run goes back to its newest
+    checkpoint from before them and on with the data after them; it ends after `max_rollbacks` of those.
+    """
+
+    max_skips: int = 5
+    """Bad steps in a row before the run goes back; 0: the first one ends the run."""
+    max_rollbacks: int = 2
+    """Times that the run goes back before it ends."""
+    spike_factor: float = 0.0
+    """A loss above this times the median of the last `spike_window` good ones is a spike; 0: spikes are trained on."""
+    spike_window: int = 50
+    """Good steps that a spike is measured against; until there are as many, nothing counts as one."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_skips", "max_rollbacks"):
+            _require(getattr(self, name) >= 0, f"stability.{name}={getattr(self, name)}: must not be negative")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"stability.spike_factor={self.spike_factor}: must be above 1, or 0 for none",
+        )
+        _require(self.spike_window >= 1, f"stability.spike_window={self.spike_window}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +257,7 @@ class RunConfig:
     nesting: NestingConfig = field(default_factory=NestingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32."""
@@ -230,6 +282,10 @@ class RunConfig:
             self.parallel.tensor in allowed,
             f"parallel.tensor={self.parallel.tensor} does not divide every width of {list(self.model.widths)} heads: "
             f"use one of {allowed} or drop a width",
+        )
+        _require(
+            not self.parallel.sequence or self.data.seq_len % self.parallel.tensor == 0,
+            f"parallel.sequence: parallel.tensor={self.parallel.tensor} does not divide data.seq_len={self.data.seq_len}",
         )
 
     @property

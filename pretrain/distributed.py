@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from modeling.tensor_parallel import TensorParallel
 from pretrain.config import ConfigError
@@ -49,9 +50,19 @@ class Ranks:
 
     def agree_any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank: one answer everywhere. Every rank must call; no GPU is involved."""
-        vote = torch.tensor([int(flag)], dtype=torch.int32)
+        return bool(self.agree_max(int(flag)))
+
+    def agree_max(self, value: int) -> int:
+        """The largest `value` of any rank: one answer everywhere. Every rank must call; no GPU is involved."""
+        vote = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.cpu_group)
-        return bool(vote.item())
+        return int(vote.item())
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of one number over all ranks, in float64: one answer everywhere. Every rank must call."""
+        total = value.detach().double().cpu()
+        dist.all_reduce(total, group=self.cpu_group)
+        return total.item() / self.world_size
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank, on every rank. Every rank must call."""
@@ -78,11 +89,11 @@ class Ranks:
         return cast(T, result)
 
 
-def init_ranks(tensor_parallel: int) -> Ranks:
+def init_ranks(tensor_parallel: int, *, sequence: bool = False) -> Ranks:
     """Join the job that torchrun or Slurm started, or make one of a single rank, and split it into tp x dp.
 
     Uses NCCL and one GPU a rank where there are GPUs, gloo otherwise. Raises ConfigError where the launcher's variables
-    are incomplete, or the ranks do not divide by `tensor_parallel`. Every rank must call.
+    are incomplete, or the ranks do not divide by `tensor_parallel`. `sequence` is parallel.sequence. Every rank must call.
     """
     _read_launcher()
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -101,6 +112,7 @@ def init_ranks(tensor_parallel: int) -> Ranks:
             size=tensor_parallel,
             rank=parallel_state.get_tensor_model_parallel_rank(),
             group=parallel_state.get_tensor_model_parallel_group(),
+            sequence=sequence,
         ),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

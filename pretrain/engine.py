@@ -94,6 +94,16 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         return float(norm)
 
+    def discard(self) -> None:
+        """Clear the gradients of this step and update nothing. All ranks must call, instead of `step`.
+
+        DeepSpeed drops a step whose norm is not finite, with all that it keeps of the gradients: this makes it so.
+        """
+        for gradients in self.optimizer.averaged_gradients.values():
+            if gradients:
+                gradients[0].fill_(torch.inf)
+        self.engine.step()
+
     def fragment(self, name: str) -> Fragment | None:
         """This rank's master and moments of parameter `name`, as views; None where other ranks hold all of it."""
         mapping = self.parameters[name]._hp_mapping  # type: ignore[attr-defined]

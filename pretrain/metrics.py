@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -41,14 +41,20 @@ class StepMeter:
     def add(self, n_heads: int, loss: Tensor, n_tokens: int) -> None:
         """Count one width's mean next-token loss over this rank's `n_tokens` tokens."""
         row = self.cfg.model.widths.index(n_heads)
-        self._sums[row, 0] += loss.detach() * n_tokens
-        self._sums[row, 1] += n_tokens
+        self._step_sums[row, 0] += loss.detach() * n_tokens
+        self._step_sums[row, 1] += n_tokens
         self._flops += self._flops_per_token[n_heads] * n_tokens * self.ranks.dp_size
 
-    def end_step(self, n_tokens: int) -> None:
-        """Count a step that consumed `n_tokens` tokens over all ranks, each once however many widths saw it."""
+    def end_step(self, n_tokens: int, *, bad: bool = False) -> None:
+        """Count a step that consumed `n_tokens` tokens over all ranks, each once however many widths saw it.
+
+        The losses of a bad step, which may not be finite, are left out of the record.
+        """
         self._steps += 1
         self._tokens += n_tokens
+        if not bad:
+            self._sums += self._step_sums
+        self._step_sums.zero_()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -85,6 +91,7 @@ class StepMeter:
         return record
 
     def _start_interval(self) -> None:
+        self._step_sums = torch.zeros(len(self.cfg.model.widths), 2, dtype=torch.float64, device=self.ranks.device)
         self._sums = torch.zeros(len(self.cfg.model.widths), 2, dtype=torch.float64, device=self.ranks.device)
         self._flops = self._tokens = self._steps = 0
         self._paused_s = 0.0
@@ -99,13 +106,13 @@ class MetricsWriter:
     """
 
     def __init__(self, cfg: RunConfig, *, start_step: int, enabled: bool) -> None:
-        self._file = None
+        self._file: TextIO | None = None
         self._wandb: Any = None
         if not enabled:
             return
-        path = Path(cfg.run_dir) / "metrics.jsonl"
-        _drop_after(path, start_step)
-        self._file = path.open("a", buffering=1)
+        self._path = Path(cfg.run_dir) / "metrics.jsonl"
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a", buffering=1)
         if cfg.logging.wandb != "disabled":
             self._wandb = _start_wandb(cfg)
 
@@ -115,6 +122,13 @@ class MetricsWriter:
             self._file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **record}) + "\n")
         if self._wandb is not None:
             self._wandb.log(_flatten(kind, record), step=record["step"])
+
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after `step`, which the run is about to take again; its events stay."""
+        if self._file is not None:
+            self._file.close()
+            _drop_after(self._path, step, keep_events=True)
+            self._file = self._path.open("a", buffering=1)
 
     def close(self) -> None:
         """Flush and finish."""
@@ -135,10 +149,12 @@ def read_metrics(path: str | Path) -> list[Record]:
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int, *, keep_events: bool = False) -> None:
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    kept = [
+        record for record in read_metrics(path) if record["step"] <= step or (keep_events and record["kind"] == "event")
+    ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     temporary.rename(path)

@@ -1,50 +1,22 @@
-"""Saving and resuming a run: what moves between the engine's memory and a checkpoint. Every rank calls each function."""
+"""Resuming a run, or taking it back: from a checkpoint into the engine's memory. Every rank calls each function."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch import Tensor
-
-from modeling.checkpoint_reader import FORMAT_VERSION, KINDS, CheckpointError, Piece, Reader, RunState
-from modeling.language import logical_shapes
+from modeling.checkpoint_reader import KINDS, CheckpointError, Reader, RunState
 from modeling.tensor_parallel import layout_of, local_part
 from pretrain import checkpoint
 from pretrain.config import ConfigError, RunConfig
-from pretrain.config_io import config_to_plain
 from pretrain.distributed import RankError, Ranks
 from pretrain.engine import Engine
-from pretrain.provenance import git_commit, versions
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def save(engine: Engine, cfg: RunConfig, ranks: Ranks, state: RunState) -> Path:
-    """Write the checkpoint of `state`; returns its folder.
-
-    Raises CheckpointError on every rank where any rank could not write; earlier checkpoints are then untouched.
-    """
-    root = checkpoint.checkpoint_dir(cfg.run_dir)
-    folder = checkpoint.temporary_dir(root, state.step)
-    try:
-        _attempt(ranks, lambda: checkpoint.begin(root, state.step) if ranks.is_main else None)
-        entry = _attempt(ranks, lambda: checkpoint.write_rank_file(folder, ranks.rank, _pieces(engine, ranks)))
-        manifest = _manifest(cfg, ranks, state, ranks.gather_objects(entry))
-        keep_last = cfg.checkpoint.keep_last
-        _attempt(ranks, lambda: checkpoint.commit(root, state.step, manifest, keep_last) if ranks.is_main else None)
-    except CheckpointError as error:
-        if ranks.is_main:
-            checkpoint.abandon(root, state.step)
-        raise CheckpointError(
-            f"checkpoint of step {state.step} was not written: {error}. Earlier checkpoints in {root} are whole"
-        ) from None
-    return root / checkpoint.step_name(state.step)
 
 
 def resume(engine: Engine, cfg: RunConfig, ranks: Ranks) -> RunState | None:
@@ -74,7 +46,7 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks) -> RunState | None:
             continue
         reader.check_model(cfg.model)
         _refuse_later([path for path in found if path not in damaged], reader.state.step, root)
-        _attempt(ranks, partial(checkpoint.set_aside, damaged if ranks.is_main else []))
+        _attempt(ranks, partial(checkpoint.set_aside, damaged if ranks.is_main else [], "damaged"))
         _load(engine, reader, cfg.model.n_heads, ranks)
         if ranks.is_main:
             logger.info("resumed from %s: step %d, %d tokens", folder, reader.state.step, reader.state.tokens)
@@ -83,6 +55,28 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks) -> RunState | None:
         raise CheckpointError(
             f"every checkpoint in {root} is damaged (see the warnings above): mend or remove them to start anew"
         )
+    return None
+
+
+def go_back(engine: Engine, cfg: RunConfig, ranks: Ranks, step: int) -> RunState | None:
+    """Load the newest whole checkpoint of at most `step` steps; returns what it holds, None where there is none.
+
+    Later checkpoints, and damaged ones on the way, are renamed: the run is about to write those steps again.
+    """
+    root = checkpoint.checkpoint_dir(cfg.run_dir)
+    found: list[Path] = ranks.gather_objects(checkpoint.candidates(root) if ranks.is_main else [])[0]
+    for folder in found:
+        reader = None
+        if folder.name <= checkpoint.step_name(step):
+            try:
+                reader = _attempt(ranks, partial(_open_verified, folder, ranks))
+            except CheckpointError as error:
+                if ranks.is_main:
+                    logger.warning("skipping checkpoint %s: %s", folder.name, error)
+        if reader is not None:
+            _load(engine, reader, cfg.model.n_heads, ranks)
+            return reader.state
+        _attempt(ranks, partial(checkpoint.set_aside, [folder] if ranks.is_main else [], "rolled-back"))
     return None
 
 
@@ -108,18 +102,6 @@ def _open_verified(folder: Path, ranks: Ranks) -> Reader:
     return reader
 
 
-def _pieces(engine: Engine, ranks: Ranks) -> dict[Piece, dict[str, Tensor]]:
-    """What this rank writes: its optimizer fragments; of what all tp ranks hold alike, tp rank 0's."""
-    pieces = {}
-    for name in engine.parameters:
-        fragment = engine.fragment(name)
-        if fragment is None or (ranks.tp.rank > 0 and not layout_of(name).is_sharded):
-            continue
-        piece = Piece(name=name, tp_rank=ranks.tp.rank, start=fragment.start, numel=fragment.master.numel())
-        pieces[piece] = {kind: getattr(fragment, kind).detach().float().cpu() for kind in KINDS}
-    return pieces
-
-
 def _load(engine: Engine, reader: Reader, n_heads: int, ranks: Ranks) -> None:
     """Fill parameters and optimizer fragments in place, one logical parameter at a time."""
     for name, parameter in engine.parameters.items():
@@ -135,19 +117,6 @@ def _load(engine: Engine, reader: Reader, n_heads: int, ranks: Ranks) -> None:
                 target = getattr(fragment, kind)
                 target.data.copy_(part.flatten()[fragment.start : fragment.start + target.numel()])
     engine.restore(reader.state.n_updates)
-
-
-def _manifest(cfg: RunConfig, ranks: Ranks, state: RunState, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "state": asdict(state),
-        "config": config_to_plain(cfg),
-        "layout": {"tensor": ranks.tp.size, "data": ranks.dp_size, "zero_stage": cfg.parallel.zero_stage},
-        "shapes": logical_shapes(cfg.model),
-        "files": entries,
-        "git_commit": git_commit(),
-        "versions": versions(),
-    }
 
 
 def check_same_run(cfg: RunConfig, state: RunState) -> None:

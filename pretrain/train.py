@@ -6,32 +6,37 @@ import json
 import logging
 import math
 import os
-import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
+from torch.distributed import DistError
 
 from modeling.checkpoint_reader import RunState
 from modeling.language import LanguageModel
 from modeling.nesting import width_name
 from modeling.ops.kernels import why_not
 from modeling.ops.upstream import chunk_scan
-from pretrain import resume
+from pretrain import resume, retention
+from pretrain.checkpoint import checkpoint_dir
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.data import Batch, TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
-from pretrain.distributed import Ranks, close_ranks, init_ranks
+from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import validation_losses
+from pretrain.heartbeat import Heartbeats
 from pretrain.metrics import MetricsWriter, Record, StepMeter
 from pretrain.objective import draws_per_micro_batch, step_widths, width_losses
 from pretrain.optim import learning_rate
 from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
+from pretrain.replicas import check_replicas
+from pretrain.saver import Saver
+from pretrain.stability import NonFiniteError, count, gone_back, why_bad
+from pretrain.stopping import Stop, StopWatch
 from pretrain.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -40,22 +45,6 @@ _ADVICE = "Resume from the last checkpoint with a lower optim.lr, or look at the
 
 EXIT_REQUEUE = 75
 """Exit code of a run that was told to stop, saved, and wants to be started again (EX_TEMPFAIL)."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not finite; raised on all ranks before any of them updates a parameter."""
-
-
-class StopFlag:
-    """Set by SIGTERM and SIGUSR1: finish the step, save, and exit with EXIT_REQUEUE."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        self.is_set = True
 
 
 @dataclass
@@ -70,9 +59,12 @@ class Run:
     meter: StepMeter
     writer: MetricsWriter
     progress: TrainingProgress
-    stop: StopFlag
+    saver: Saver
+    stop: StopWatch
     watchdog: Watchdog
     state: RunState
+    saved_step: int = -1
+    """Step of the newest checkpoint that this start has begun to write."""
 
     @property
     def model(self) -> LanguageModel:
@@ -89,71 +81,124 @@ class Run:
 
 
 def train(run: Run) -> int:
-    """Train until the last step or a stop signal. Returns the exit code: 0 done, EXIT_REQUEUE stopped and saved."""
-    cfg, ranks = run.cfg, run.ranks
+    """Train until the last step, or until told to stop. Returns the exit code: 0, or EXIT_REQUEUE to be started again."""
+    cfg = run.cfg
     while run.state.step < cfg.optim.steps:
         micro_batches = run.loader.next_step()
-        accumulate_gradients(run, micro_batches)  # every width on the same tokens, one reduction
-        lr = learning_rate(run.state.step, cfg.optim)
-        grad_norm = run.engine.step(lr)  # DeepSpeed updates nothing where the norm is not finite
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(
-                f"step {run.state.step}: the gradient norm is {grad_norm}; nothing was updated. {_ADVICE}"
-            )
-        run.state = advance(run)  # before the save: a checkpoint at step N holds N steps
-        stopped = ranks.agree_any(run.stop.is_set)  # asked once a step: one answer on all ranks
+        loss = accumulate_gradients(run, micro_batches)  # every width on the same tokens, one reduction
+        why = why_bad(run.state, cfg.stability, loss)
+        lr, grad_norm = learning_rate(run.state.step, cfg.optim), math.nan
+        if why is None:
+            grad_norm = run.engine.step(lr)  # DeepSpeed updates nothing where the norm is not finite
+            why = None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
+        else:
+            run.engine.discard()
+        run.state = advance(run, loss, bad=why is not None)  # before the save: a checkpoint at step N holds N steps
+        if why is not None and skip(run, why):
+            continue
+        stop = run.stop.ask(run.saver.slowest_s)  # one answer on all ranks
         last = run.state.step == cfg.optim.steps
-        if run.due(cfg.logging.every_steps) or last or stopped:
+        if run.due(cfg.logging.every_steps) or last or stop:
             run.report(
                 "train", run.meter.record(step=run.state.step, tokens=run.state.tokens, lr=lr, grad_norm=grad_norm)
             )
         with run.meter.pause(), run.watchdog.pause():
             # Saved before it is evaluated: a run told to stop may have seconds left.
-            if run.due(cfg.checkpoint.every_steps) or last or stopped:
-                folder = resume.save(run.engine, cfg, ranks, run.state)
-                run.report("event", {"step": run.state.step, "event": f"saved {folder}"})
+            save(run, wait=last or bool(stop))
             if run.due(cfg.logging.eval_every_steps) or last:
                 evaluate(run)
         run.progress.advance(run.state.step)
         run.watchdog.beat(run.state.step)
-        if stopped and not last:
-            run.report("event", {"step": run.state.step, "event": "stopped by a signal"})
-            return EXIT_REQUEUE
+        if stop and not last:
+            run.report("event", {"step": run.state.step, "event": stop.text})
+            run.stop.obeyed()
+            return 0 if stop is Stop.FILE else EXIT_REQUEUE
     return 0
 
 
-def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> None:
-    """Forward and backward of the step's widths on every micro-batch. Raises NonFiniteError on all ranks alike.
+def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> float:
+    """Forward and backward of the step's widths on every micro-batch; returns the step's loss, the same on all ranks.
 
-    `micro_batches` holds, for each micro-batch, one batch that all widths share, or one for each width.
+    `micro_batches` holds, for each micro-batch, one batch that all widths share, or one for each. The loss is the mean
+    over ranks of what is minimised; it is not finite where any width's on any rank is not.
     """
     cfg = run.cfg
     widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, run.state.step)
     draws = draws_per_micro_batch(cfg.model, cfg.nesting)
     n_micro = len(micro_batches) // draws
-    finite = torch.ones((), dtype=torch.bool, device=run.ranks.device)
+    total = torch.zeros((), device=run.ranks.device)
     for m in range(n_micro):
         batches = [batch.to(run.ranks.device) for batch in micro_batches[m * draws : (m + 1) * draws]]
         for i, (width, loss) in enumerate(width_losses(run.engine, batches, widths, cfg)):
             last = m == n_micro - 1 and i == len(widths) - 1
-            run.engine.backward(loss.total * (width.weight / n_micro), last=last)
+            weighted = loss.total * (width.weight / n_micro)
+            run.engine.backward(weighted, last=last)
             run.meter.add(width.n_heads, loss.next_token, batches[0].targets_bt.numel())
-            finite &= torch.isfinite(loss.total.detach())
-    if run.ranks.agree_any(not finite.item()):
-        raise NonFiniteError(f"step {run.state.step}: a loss is not finite; nothing was updated. {_ADVICE}")
+            total += weighted.detach()
+    return run.ranks.mean(total)
 
 
-def advance(run: Run) -> RunState:
+def advance(run: Run, loss: float, *, bad: bool) -> RunState:
     """Where the run stands after one more step."""
     sequence = run.loader.state_dict()["sequence"]
     n_tokens = (sequence - run.state.sequence) * run.cfg.data.seq_len
-    run.meter.end_step(n_tokens)
-    return RunState(
+    run.meter.end_step(n_tokens, bad=bad)
+    return replace(
+        count(run.state, run.cfg.stability, loss, bad=bad),
         step=run.state.step + 1,
         tokens=run.state.tokens + n_tokens,
         sequence=sequence,
         n_updates=run.engine.n_updates,
     )
+
+
+def skip(run: Run, why: str) -> bool:
+    """Report a step that updated nothing; after too many in a row, go back to a checkpoint. Returns whether it did.
+
+    Raises NonFiniteError where that is no way out either.
+    """
+    cfg, state = run.cfg.stability, run.state
+    said = f"step {state.step - 1}: {why}; nothing was updated"
+    run.report("event", {"step": state.step, "event": f"{said} ({state.bad_in_a_row} in a row)"})
+    if state.bad_in_a_row <= cfg.max_skips:
+        return False
+    if state.rollbacks >= cfg.max_rollbacks or not cfg.max_skips:
+        raise NonFiniteError(
+            f"{said}. {state.bad_in_a_row} bad steps in a row (stability.max_skips={cfg.max_skips}) after "
+            f"{state.rollbacks} roll-backs (stability.max_rollbacks={cfg.max_rollbacks}). {_ADVICE}"
+        )
+    with run.meter.pause(), run.watchdog.pause():
+        run.saver.settle()
+        saved = resume.go_back(run.engine, run.cfg, run.ranks, state.step - state.bad_in_a_row)
+    if saved is None:
+        raise NonFiniteError(
+            f"{said}. {state.bad_in_a_row} bad steps in a row, and no checkpoint before them. {_ADVICE}"
+        )
+    run.state = gone_back(saved, state)
+    run.writer.go_back(saved.step)
+    event = f"rolled back from step {state.step} to {saved.step}; sequences {saved.sequence} to {state.sequence} are left out"
+    run.report("event", {"step": saved.step, "event": event})
+    return True
+
+
+def save(run: Run, *, wait: bool) -> None:
+    """Finish the checkpoint in flight if it is written; start the one that is due; `wait` for it to be whole.
+
+    Ranks that drifted apart are found before they are saved.
+    """
+    done = [run.saver.poll()]
+    due = wait or run.due(run.cfg.checkpoint.every_steps)
+    if due or run.due(run.cfg.parallel.check_replicas_every):
+        check_replicas(run.model, run.ranks)
+    if due:
+        done.append(run.saver.start(run.state))
+        run.saved_step = run.state.step
+        if wait or not run.cfg.checkpoint.asynchronous:
+            done.append(run.saver.finish())
+    for saved in done:
+        if saved is not None:
+            record = {"event": f"saved {saved.folder}", "stall_s": saved.stall_s, "total_s": saved.total_s}
+            run.report("event", {"step": run.state.step, **record})
 
 
 def evaluate(run: Run) -> None:
@@ -162,24 +207,26 @@ def evaluate(run: Run) -> None:
     losses = validation_losses(run.model, run.validation, cfg.model.widths, run.ranks)
     by_name = {width_name(n_heads, cfg.model.n_heads): loss for n_heads, loss in losses.items()}
     run.report("eval", {"step": run.state.step, "tokens": run.state.tokens, "loss": by_name})
+    if run.saved_step == run.state.step and run.ranks.is_main:
+        retention.note_losses(checkpoint_dir(cfg.run_dir), run.state.step, by_name)
 
 
 def main(cfg: RunConfig) -> int:
     """Build everything in order, train, and return the exit code. Every rank must call."""
-    ranks = init_ranks(cfg.parallel.tensor)
+    ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
     _set_up_logging(ranks)
     _check_same_config(cfg, ranks)
     cfg.grad_accum_steps(ranks.world_size)  # raises where tokens_per_step does not divide
     ranks.attempt(lambda: check_dataset(cfg.data, cfg.model.vocab_size), (ValueError, OSError))
     preflight(cfg, ranks)
-    stop = StopFlag()
+    stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
     ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
     if cfg.deterministic:
         _be_deterministic()
 
     dtype = compute_dtype(cfg, ranks.device)
     with torch.device("meta"):
-        recompute = cfg.parallel.activation_checkpointing == "block"
+        recompute = cfg.parallel.activation_checkpointing
         model = LanguageModel(cfg.model, tp=ranks.tp, dtype=dtype, recompute=recompute)
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
@@ -215,18 +262,31 @@ def main(cfg: RunConfig) -> int:
             meter=meter,
             writer=MetricsWriter(cfg, start_step=state.step, enabled=ranks.is_main),
             progress=progress,
+            saver=Saver(engine, cfg, ranks),
             stop=stop,
-            watchdog=Watchdog(cfg.run_dir, ranks.rank),
+            watchdog=Watchdog(cfg.run_dir, ranks.rank, heartbeats=Heartbeats(ranks)),
             state=state,
         )
         try:
             code = train(run)
+        except RuntimeError as error:  # a collective fails where a rank is gone, and does not say which
+            lost = run.watchdog.lost_ranks() if _is_broken_link(error) else []
+            if lost:
+                raise RankError(f"rank {ranks.rank}: {'; '.join(lost)}: lost ({error})") from error
+            raise
         finally:
             run.watchdog.stop()
+            run.saver.close()
             loader.close()
             run.writer.close()
     close_ranks()
     return code
+
+
+def _is_broken_link(error: RuntimeError) -> bool:
+    """Whether a collective raised it: gloo raises plain RuntimeErrors, NCCL its own."""
+    text = str(error)
+    return isinstance(error, DistError) or any(word in text for word in ("gloo", "Connection", "NCCL"))
 
 
 def _mixer_path(cfg: RunConfig, device: torch.device) -> str:

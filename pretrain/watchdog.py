@@ -9,6 +9,7 @@ script requeues.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import socket
 import statistics
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from pretrain.heartbeat import Heartbeats
+
 EXIT_HANG = 70
 LEAST_S = 600.0
 """Bound on a step where HANG_SECONDS is not set: longer than a slow file system, shorter than anybody's patience."""
@@ -34,13 +37,20 @@ REMEMBERED = 50
 class Watchdog:
     """Start it before training, call `beat` after each step, hold `pause` around saving and validation.
 
+    With `heartbeats` the rank also says that it is alive, from its start on, and leaves where another fell silent.
+
     The bound is the larger of `least_s` (by default HANG_SECONDS, or ten minutes) and twenty times the median step, so it
     follows the run; inside `pause` it is six times that.
     """
 
-    def __init__(self, run_dir: str | Path, rank: int, *, least_s: float | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, rank: int, *, least_s: float | None = None, heartbeats: Heartbeats | None = None
+    ) -> None:
         self._folder, self._rank = Path(run_dir) / "hang", rank
         self._least_s = float(os.environ.get("HANG_SECONDS", LEAST_S)) if least_s is None else least_s
+        self._heartbeats = heartbeats
+        self._silent: list[str] = []
+        self._is_asked = False  # then whoever asked reports, and ends the rank
         self._lock = threading.Lock()
         self._last = time.monotonic()
         self._step = 0
@@ -76,6 +86,16 @@ class Watchdog:
         self._done.set()
         self._thread.join()
 
+    def lost_ranks(self) -> list[str]:
+        """The ranks that fell silent, in words, after waiting long enough to be sure; empty without heartbeats."""
+        if self._heartbeats is None:
+            return []
+        self._is_asked = True
+        end = time.monotonic() + self._heartbeats.lost_s + 4 * self._heartbeats.interval_s
+        while not self._silent and time.monotonic() < end:
+            time.sleep(0.1)
+        return self._silent
+
     def bound_s(self) -> float | None:
         """Seconds without a step after which the rank is ended; None while nothing is watched."""
         if not self._durations:
@@ -84,16 +104,30 @@ class Watchdog:
         return 6 * bound if self._paused else bound
 
     def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self._least_s / 4)):
+        pause = min(1.0, self._least_s / 4)
+        if self._heartbeats is not None:
+            pause = min(pause, self._heartbeats.interval_s)
+        spoke = -math.inf
+        while not self._done.wait(pause):
+            now = time.monotonic()
             with self._lock:
-                bound, waited, step = self.bound_s(), time.monotonic() - self._last, self._step
+                bound, waited, step = self.bound_s(), now - self._last, self._step
+            if self._heartbeats is not None and now - spoke >= self._heartbeats.interval_s:
+                spoke = now
+                self._heartbeats.say(step)
+                self._silent = self._heartbeats.silent()
+                if self._silent and waited > self._heartbeats.lost_s and not self._is_asked:
+                    self._end(f"{'; '.join(self._silent)}: lost, and no step for {waited:.0f} s")
             if bound is not None and waited > bound:
-                self._end(step, waited, bound)
+                others = "; ".join(self._silent) or "every rank is alive, so the stacks tell which one stands still"
+                self._end(
+                    f"no step for {waited:.0f} s after step {step} (bound {bound:.0f} s, HANG_SECONDS sets its least); {others}"
+                )
 
-    def _end(self, step: int, waited: float, bound: float) -> None:
+    def _end(self, why: str) -> None:
         said = (
-            f"error: rank {self._rank} on {socket.gethostname()}: no step for {waited:.0f} s after step {step} (bound "
-            f"{bound:.0f} s, HANG_SECONDS sets its least). Stacks are in {self._folder}; leaving with code {EXIT_HANG}"
+            f"error: rank {self._rank} on {socket.gethostname()}: {why}. Stacks are in {self._folder}; leaving with code "
+            f"{EXIT_HANG}"
         )
         print(said, file=sys.stderr, flush=True)
         try:

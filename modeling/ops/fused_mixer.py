@@ -51,6 +51,9 @@ class Shape(NamedTuple):
     n_channels: int
     """Channels that the gated norm averages over: those of all ranks."""
     eps: float
+    recompute: bool = False
+    """Keep the projection for backward and compute what follows it again, up to the output projection: no matrix product
+    but the scan's is done twice, and the step needs less than half the memory."""
 
 
 Total = Callable[[Tensor], Tensor]
@@ -78,29 +81,32 @@ class _FusedMixer(torch.autograd.Function):
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
         projected = F.linear(x, projection)
         z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
-        mixed = conv_forward(xbc, _taps(weights), seq_idx)
         delta, decay = time_steps(dt, weights.dt_bias, weights.A_log)
-        y, states = scan_forward(
-            mixed, delta, decay, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx, keep_states=grad_enabled
-        )
+        keep_states = grad_enabled and not shape.recompute
+        mixed, y, states = _scan(xbc, delta, decay, weights, shape, seq_idx, keep_states=keep_states)
         sums = None if total is None else total(square_sums(y, z))
         normed, sums = gated_norm_forward(y, z, weights.gated_norm, sums, n_channels=shape.n_channels, eps=shape.eps)
         out_weight = weights.out[:, :inner].to(x.dtype)
-        ctx.save_for_backward(
-            x, *weights, projection, projected, mixed, delta, decay, y, states, sums, normed, out_weight, seq_idx
-        )
+        inside = (None,) * 4 if shape.recompute else (mixed, y, states, normed)
+        ctx.save_for_backward(x, *weights, projection, projected, delta, decay, sums, out_weight, seq_idx, *inside)
         ctx.shape, ctx.total = shape, total
         return F.linear(normed, out_weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights = ctx.saved_tensors[0], MixerWeights(*ctx.saved_tensors[1:14])
-        projection, projected, mixed, delta, decay, y, states, sums, normed, out_weight, seq_idx = ctx.saved_tensors[
-            14:
-        ]
+        projection, projected, delta, decay, sums, out_weight, seq_idx, *inside = ctx.saved_tensors[14:]
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
+        parts = [inner, inner + bc, heads]
+        z, xbc, _ = projected.split(parts, dim=-1)
+        if shape.recompute:
+            mixed, y, states = _scan(xbc, delta, decay, weights, shape, seq_idx, keep_states=True)
+            normed, _ = gated_norm_forward(y, z, weights.gated_norm, sums, n_channels=shape.n_channels, eps=shape.eps)
+        else:
+            mixed, y, states, normed = inside
+        assert states is not None
         full_heads = weights.D.shape[0]
         grad_md = grad.flatten(0, 1)
         grad_out = torch.zeros_like(weights.out) if heads < full_heads else torch.empty_like(weights.out)
@@ -108,8 +114,6 @@ class _FusedMixer(torch.autograd.Function):
         grad_normed = (grad_md @ out_weight).view_as(normed)
 
         grad_projected = torch.empty_like(projected)
-        parts = [inner, inner + bc, heads]
-        z, xbc, _ = projected.split(parts, dim=-1)
         grad_z, grad_xbc, grad_dt = grad_projected.split(parts, dim=-1)
         dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm))
         grad_y, grad_norm = gated_norm_backward(
@@ -148,6 +152,31 @@ class _FusedMixer(torch.autograd.Function):
             grad_out,
             *(None,) * 4,
         )
+
+
+def _scan(
+    xbc: Tensor,
+    delta: Tensor,
+    decay: Tensor,
+    weights: MixerWeights,
+    shape: Shape,
+    seq_idx: Tensor | None,
+    *,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The convolved channels, the scan's output, and where asked the states before each chunk."""
+    mixed = conv_forward(xbc, _taps(weights), seq_idx)
+    y, states = scan_forward(
+        mixed,
+        delta,
+        decay,
+        weights.D,
+        heads=shape.heads,
+        headdim=shape.headdim,
+        seq_idx_bt=seq_idx,
+        keep_states=keep_states,
+    )
+    return mixed, y, states
 
 
 def _taps(weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,24 +21,24 @@ def rms_norm(x_btd: Tensor, weight_d: Tensor, *, eps: float, dtype: torch.dtype)
 
 
 def add_rms_norm(
-    x_btd: Tensor, branch_btd: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
+    x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """x + branch (float32), and its RMSNorm in `dtype`: one pass over memory on a GPU. No branch adds nothing.
 
-    `x_btd` is float32, `branch_btd` of any dtype.
+    `x_md` is float32, `branch_md` of any dtype; m counts tokens.
     """
-    if not x_btd.is_cuda:
-        total_btd = x_btd if branch_btd is None else x_btd + branch_btd
-        return total_btd, rms_norm(total_btd, weight_d, eps=eps, dtype=dtype)
-    return add_rms_norm_fused(x_btd, branch_btd, weight_d, eps=eps, dtype=dtype)
+    if not x_md.is_cuda:
+        total_md = x_md if branch_md is None else x_md + branch_md
+        return total_md, rms_norm(total_md, weight_d, eps=eps, dtype=dtype)
+    return add_rms_norm_fused(x_md, branch_md, weight_d, eps=eps, dtype=dtype)
 
 
 def add_rms_norm_fused(
-    x_btd: Tensor, branch_btd: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
+    x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` by our Triton kernels."""
-    total_btd, normed_btd = _AddNorm.apply(x_btd, branch_btd, weight_d, eps, dtype)
-    return total_btd, normed_btd
+    total_md, normed_md = _AddNorm.apply(x_md, branch_md, weight_d, eps, dtype)
+    return total_md, normed_md
 
 
 class _AddNorm(torch.autograd.Function):

@@ -29,15 +29,8 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: 
 
     torch.distributed's variables are set; the ranks join it themselves. The first failure ends all of them.
     """
-    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
-        processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, port, Path(folder), work, args))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        processes = _start(world_size, Path(folder), work, args)
         try:
             _wait(processes, time.monotonic() + timeout_s, timeout_s)
         finally:
@@ -50,6 +43,22 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: 
             codes = [process.exitcode for process in processes]
             raise RankFailedError(f"exit codes {codes}\n" + "\n".join(reports))
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def start_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """The forked ranks of `work(*args)`, running; the caller ends and joins them."""
+    return _start(world_size, Path(tempfile.mkdtemp()), work, args)
+
+
+def _start(world_size: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+    context, port = multiprocessing.get_context("fork"), _free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(rank, world_size, port, folder, work, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _wait(processes: list[Any], deadline: float, timeout_s: float) -> None:

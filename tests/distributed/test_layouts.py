@@ -90,8 +90,8 @@ def one_rank_in_plain_torch(cfg: RunConfig) -> dict[str, Any]:
 
 def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
     """The same steps as one rank of a layout: its losses, and its local gradients and parameters."""
-    ranks = init_ranks(cfg.parallel.tensor)
-    model = LanguageModel(cfg.model, tp=ranks.tp)
+    ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
+    model = LanguageModel(cfg.model, tp=ranks.tp, recompute=cfg.parallel.activation_checkpointing)
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)
     n_mine = 4 // ranks.dp_size
@@ -166,6 +166,17 @@ def test_zero_stage_2_equals_one_rank_of_plain_torch(tp: int, dp: int) -> None:
     compare(small_run(parallel={"tensor": tp, "zero_stage": 2}), tp * dp)
 
 
+@pytest.mark.parametrize(("tp", "dp", "stage"), [(2, 1, 1), (2, 2, 1), (4, 1, 1), (2, 2, 2)])
+def test_sequence_parallelism_equals_one_rank_of_plain_torch(tp: int, dp: int, stage: int) -> None:
+    compare(small_run(parallel={"tensor": tp, "sequence": True, "zero_stage": stage}), tp * dp)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
+def test_recomputation_equals_one_rank_of_plain_torch(recompute: str, sequence: bool) -> None:
+    compare(small_run(parallel={"tensor": 2, "sequence": sequence, "activation_checkpointing": recompute}), 2)
+
+
 def _not_reduced(self: TensorParallel, x: Tensor) -> Tensor:
     return x
 
@@ -183,6 +194,14 @@ def test_a_wrong_collective_is_noticed(method: str, mutation: Any, monkeypatch: 
     monkeypatch.setattr(TensorParallel, method, mutation)
     with pytest.raises((AssertionError, RankFailedError), match="relative error"):
         compare(small_run(parallel={"tensor": 2}), 2)
+
+
+def test_a_norm_whose_gradient_is_not_reduced_under_sequence_parallelism_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TensorParallel, "replicate", _not_reduced)
+    with pytest.raises((AssertionError, RankFailedError), match="relative error"):
+        compare(small_run(parallel={"tensor": 2, "sequence": True}), 2)
 
 
 def test_initial_weights_do_not_depend_on_the_layout() -> None:

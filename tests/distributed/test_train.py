@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,56 +14,11 @@ from modeling.checkpoint_reader import KINDS, CheckpointError, Reader
 from modeling.language import LanguageModel
 from pretrain import checkpoint, train
 from pretrain.config import RunConfig
-from pretrain.config_io import config_from_dict
 from pretrain.metrics import Record, read_metrics
+from pretrain.stability import NonFiniteError
 from tests.datasets import write_token_dataset
 from tests.distributed.harness import RankFailedError, run_ranks
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_token_dataset(tmp_path_factory.mktemp("data") / "shards", vocab_size=64, row_tokens=32, n_rows=48)
-
-
-def run_config(dataset: Path, run_dir: Path, **overrides: Any) -> RunConfig:
-    """Ten steps of a two-layer model on 48 training sequences: the second epoch starts in step 6."""
-    raw: dict[str, Any] = {
-        "run_dir": str(run_dir),
-        "model": {
-            "n_layers": 2,
-            "d_model": 32,
-            "headdim": 8,
-            "d_state": 8,
-            "widths": [8, 4, 2],
-            "chunk_size": 16,
-            "vocab_size": 64,
-        },
-        "data": {"path": str(dataset), "seq_len": 32, "tokens_per_step": 256, "micro_batch": 2, "n_workers": 0},
-        "optim": {"lr": 1e-2, "steps": 10, "warmup_steps": 2},
-        "checkpoint": {"every_steps": 0, "keep_last": 3},
-        "logging": {"every_steps": 1, "eval_every_steps": 5, "eval_sequences": 8},
-    }
-    for section, values in overrides.items():
-        raw[section] = {**raw.get(section, {}), **values} if isinstance(values, dict) else values
-    return config_from_dict(raw)
-
-
-def losses(cfg: RunConfig) -> list[tuple[str, int, dict[str, float]]]:
-    records = read_metrics(Path(cfg.run_dir) / "metrics.jsonl")
-    return [(record["kind"], record["step"], record["loss"]) for record in records if record["kind"] != "event"]
-
-
-def train_until(cfg: RunConfig, stop_after: int) -> int:
-    """Train; rank 0 gets SIGTERM while the gradients of step `stop_after` (0-based) are being computed."""
-    accumulate = train.accumulate_gradients
-
-    def accumulate_and_be_told_to_stop(run: train.Run, micro_batches: Any) -> None:
-        if run.state.step == stop_after and run.ranks.is_main:
-            os.kill(os.getpid(), signal.SIGTERM)
-        accumulate(run, micro_batches)
-
-    train.accumulate_gradients = accumulate_and_be_told_to_stop
-    return train.main(cfg)
+from tests.distributed.toy_run import damage, losses, run_config, train_until
 
 
 @pytest.mark.parametrize(
@@ -102,6 +56,7 @@ def state_after_loading(cfg: RunConfig) -> dict[str, torch.Tensor]:
     from pretrain import resume
     from pretrain.distributed import init_ranks
     from pretrain.engine import Engine
+    from pretrain.saver import Saver
 
     ranks = init_ranks(cfg.parallel.tensor)
     model = LanguageModel(cfg.model, tp=ranks.tp)
@@ -110,7 +65,7 @@ def state_after_loading(cfg: RunConfig) -> dict[str, torch.Tensor]:
     state = resume.resume(engine, cfg, ranks)
     assert state is not None
     whole = {} if ranks.tp.size > 1 else {name: p.detach().clone() for name, p in model.named_parameters()}
-    reader = Reader(resume.save(engine, cfg, ranks, state))
+    reader = Reader(Saver(engine, cfg, ranks).save(state).folder)
     for name in reader.shapes:
         for kind in KINDS:
             whole[f"{name}|{kind}"] = reader.full(name, kind, cfg.model.n_heads)
@@ -148,23 +103,23 @@ def train_with_nan(cfg: RunConfig) -> str:
     accumulate = train.accumulate_gradients
     kept: dict[str, Any] = {}
 
-    def poisoned(run: train.Run, micro_batches: Any) -> None:
+    def poisoned(run: train.Run, micro_batches: Any) -> float:
         if run.state.step == 2:
             kept["model"] = run.model
             kept["before"] = run.model.final_norm.detach().clone()
             if run.ranks.rank == 1:
                 run.model.embedding.data[5] = torch.nan
-        accumulate(run, micro_batches)
+        return accumulate(run, micro_batches)
 
     train.accumulate_gradients = poisoned
-    with pytest.raises(train.NonFiniteError) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         train.main(cfg)
     assert torch.equal(kept["model"].final_norm, kept["before"])
     return str(caught.value)
 
 
 def test_nan_on_one_rank_stops_all_ranks_before_the_update(dataset: Path, tmp_path: Path) -> None:
-    messages = run_ranks(2, train_with_nan, run_config(dataset, tmp_path))
+    messages = run_ranks(2, train_with_nan, run_config(dataset, tmp_path, stability={"max_skips": 0}))
     assert all("step 2: a loss is not finite; nothing was updated" in message for message in messages)
 
 
@@ -192,12 +147,6 @@ def test_a_full_disk_is_reported_on_all_ranks_and_spares_the_last_checkpoint(dat
     assert not list(root.glob(".writing-*"))
     Reader(root / "step_00000002").verify()
     assert (root / "latest").read_text().strip() == "step_00000002"
-
-
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def test_auto_resume_skips_a_damaged_checkpoint_and_never_starts_over_all_of_them(

@@ -77,11 +77,8 @@ class TwinRank(TensorParallel):
     def total(self, x: Tensor) -> Tensor:
         return 2 * x
 
-    def enter(self, x: Tensor) -> Tensor:
-        return x
-
-    def leave(self, x: Tensor) -> Tensor:
-        return x
+    def share(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 def documents(batch: int, t: int) -> Tensor:
@@ -158,6 +155,21 @@ def test_fused_mixer_equals_the_plain_one(case: Case, dtype: torch.dtype, monkey
     if GPU:
         again = results(fused, "fused", x_btd, n_heads, seq_idx_bt)
         assert all(torch.equal(actual[name], again[name]) for name in actual), "two runs differ"
+
+
+@pytest.mark.parametrize(
+    "case", [next(c for c in SMALL if c.documents), next(c for c in SMALL if c.ranks > 1)], ids=str
+)
+def test_recomputing_inside_the_mixer_changes_no_bit(case: Case) -> None:
+    x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    seq_idx_bt = documents(2, case.t).to(DEVICE) if case.documents else None
+    mixer = mixer_of(case, LOW)
+    for run in ("fused", "plain"):
+        mixer.recompute = False
+        expected = results(mixer, run, x_btd, case.width * case.ranks, seq_idx_bt)
+        mixer.recompute = True
+        actual = results(mixer, run, x_btd, case.width * case.ranks, seq_idx_bt)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)

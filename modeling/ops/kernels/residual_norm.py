@@ -64,40 +64,42 @@ def _shape(rows: int, width: int) -> tuple[int, dict[str, int]]:
 
 
 def residual_norm_forward(
-    x_btd: Tensor, branch_btd: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
+    x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + branch (float32; x itself where there is no branch), its norm in `dtype`, and 1 / rms (float32, shape b t)."""
-    b, t, d = x_btd.shape
-    total = x_btd if branch_btd is None else torch.empty_like(x_btd)
-    out = torch.empty(x_btd.shape, dtype=dtype, device=x_btd.device)
-    scale = torch.empty(b, t, dtype=torch.float32, device=x_btd.device)
-    programs, shape = _shape(b * t, d)
+    """x + branch (float32; x itself where there is no branch), its norm in `dtype`, and 1 / rms (float32, shape m)."""
+    d = x_md.shape[-1]
+    n_tokens = x_md.numel() // d
+    total = x_md if branch_md is None else torch.empty_like(x_md)
+    out = torch.empty(x_md.shape, dtype=dtype, device=x_md.device)
+    scale = torch.empty(x_md.shape[:-1], dtype=torch.float32, device=x_md.device)
+    programs, shape = _shape(n_tokens, d)
     _forward[(programs,)](
-        x_btd, branch_btd, weight_d, total, out, scale, b * t, d, eps, **shape, BRANCH=branch_btd is not None
+        x_md, branch_md, weight_d, total, out, scale, n_tokens, d, eps, **shape, BRANCH=branch_md is not None
     )
     return total, out, scale
 
 
 def residual_norm_backward(
-    grad_btd: Tensor,
-    grad_sum_btd: Tensor | None,
-    x_btd: Tensor,
+    grad_md: Tensor,
+    grad_sum_md: Tensor | None,
+    x_md: Tensor,
     weight_d: Tensor,
-    scale_bt: Tensor,
+    scale_m: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of x (float32), of the branch (its dtype; None without one) and of the weight (float32).
 
-    `x_btd` is the sum that was normed, `grad_sum_btd` its gradient from later blocks, float32.
+    `x_md` is the sum that was normed, `grad_sum_md` its gradient from later blocks, float32.
     """
-    b, t, d = x_btd.shape
-    grad_x = torch.empty_like(x_btd)
-    grad_branch = None if branch_dtype is None else torch.empty(x_btd.shape, dtype=branch_dtype, device=x_btd.device)
-    blocks, shape = _shape(b * t, d)
+    d = x_md.shape[-1]
+    n_tokens = x_md.numel() // d
+    grad_x = torch.empty_like(x_md)
+    grad_branch = None if branch_dtype is None else torch.empty(x_md.shape, dtype=branch_dtype, device=x_md.device)
+    blocks, shape = _shape(n_tokens, d)
     programs = min(blocks, THREADS // (32 * shape["num_warps"]))
-    grad_weight = torch.empty(programs, d, dtype=torch.float32, device=x_btd.device)
+    grad_weight = torch.empty(programs, d, dtype=torch.float32, device=x_md.device)
     _backward[(programs,)](
-        grad_btd, grad_sum_btd, x_btd, weight_d, scale_bt, grad_x, grad_branch, grad_weight, b * t, d,
-        **shape, BRANCH=branch_dtype is not None, ONWARD=grad_sum_btd is not None,
+        grad_md, grad_sum_md, x_md, weight_d, scale_m, grad_x, grad_branch, grad_weight, n_tokens, d,
+        **shape, BRANCH=branch_dtype is not None, ONWARD=grad_sum_md is not None,
     )  # fmt: skip
     return grad_x, grad_branch, grad_weight.sum(0)

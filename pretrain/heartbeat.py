@@ -1,0 +1,82 @@
+"""Who is alive: every rank says so every few seconds, from a thread, over a key-value store of its own.
+
+A rank that died or was stopped falls silent, whatever its partners wait in; that is how they can name it. A rank that is
+alive but stands still keeps talking: the watchdog's bound on a step ends that.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+
+import torch.distributed as dist
+
+from pretrain.distributed import Ranks
+
+INTERVAL_S = 5.0
+LOST_S = 60.0
+"""Silence after which a rank counts as lost where LOST_SECONDS is not set."""
+_ANSWER_S = 10
+
+
+class Heartbeats:
+    """This rank's voice and ears. Every rank must make it, at the same place; `say` and `silent` are one thread's."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._rank, self._world_size = ranks.rank, ranks.world_size
+        self.lost_s = float(os.environ.get("LOST_SECONDS", LOST_S))
+        self.interval_s = min(INTERVAL_S, self.lost_s / 6)
+        self._heard: dict[int, tuple[str, float]] = {}
+        port = _free_port() if ranks.is_main else 0
+        port = ranks.gather_objects(port)[0]
+        timeout = datetime.timedelta(seconds=_ANSWER_S)
+        self._count = 0
+        self._reaches_rank_0 = True
+
+        def join() -> dist.TCPStore:
+            host = os.environ["MASTER_ADDR"]
+            return dist.TCPStore(host, port, is_master=ranks.is_main, wait_for_workers=False, timeout=timeout)
+
+        store = join() if ranks.is_main else None
+        ranks.gather_objects(None)  # rank 0 listens before the others call
+        self._store = store or join()
+
+    def say(self, step: int) -> None:
+        """This rank is alive, after `step` steps."""
+        self._count += 1
+        if self._reaches_rank_0:
+            try:
+                self._store.set(str(self._rank), f"{self._count} {step} {socket.gethostname()}")
+            except (RuntimeError, ValueError):
+                self._reaches_rank_0 = False
+
+    def silent(self) -> list[str]:
+        """The ranks that said nothing new for `lost_s` seconds, in words; times are this rank's own clock's."""
+        now = time.monotonic()
+        lost = []
+        for rank in range(self._world_size):
+            if rank == self._rank:
+                continue
+            if rank > 0 and not self._reaches_rank_0:
+                continue  # the store went with rank 0: nobody else can be heard
+            said = self._heard.get(rank, ("", now))[0]
+            try:
+                if self._reaches_rank_0 and self._store.check([str(rank)]):
+                    said = self._store.get(str(rank)).decode()
+            except (RuntimeError, ValueError):
+                self._reaches_rank_0 = False
+            before, since = self._heard.setdefault(rank, (said, now))
+            if said != before:
+                self._heard[rank] = (said, now)
+            elif now - since > self.lost_s:
+                _, step, node = said.split() if said else ("", "?", "an unknown node")
+                lost.append(f"rank {rank} on {node} (silent for {now - since:.0f} s, last after step {step})")
+        return lost
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])

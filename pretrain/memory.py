@@ -1,0 +1,107 @@
+"""GPU memory of one rank, estimated from the config: what a layout needs, before anybody waits for a GPU. Pure integers.
+
+The estimate is torch's allocator's peak (`torch.cuda.max_memory_allocated`) with the fused Triton mixers in bfloat16;
+the CUDA context, NCCL and fragmentation take one to three GiB more. tests/perf/layout.py measures it.
+
+Letters: m tokens of a micro-batch, d model, i inner channels and h heads of the full width on this rank, n state, v rows of the
+vocabulary on this rank. One width's activations are alive at a time, and the full width's are the largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modeling.config import LanguageConfig
+from modeling.flops import local_parameters
+from modeling.loss import TOKENS_PER_PIECE
+from modeling.nesting import local_heads
+from pretrain.config import RunConfig
+
+FLOAT, BF16 = 4, 2
+SCAN_CHUNK = 64
+"""Steps between the states that the scan keeps (modeling.ops.kernels.tiles)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a step, by what they are for."""
+
+    parameters: int
+    """float32, of this rank's tensor-parallel part."""
+    gradients: int
+    """float32, whole until ZeRO reduces them."""
+    optimizer: int
+    """Master copy and two moments of this rank's ZeRO shard."""
+    activations: int
+    """Kept from forward for backward."""
+    transient: int
+    """Alive for a moment at the peak: the loss's logits, a block's gradients, or the update's flat gradients."""
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+
+
+def estimate(cfg: RunConfig, world_size: int) -> Memory:
+    """Memory of a rank of this run on `world_size` GPUs. Raises ConfigError where the layout does not fit the run."""
+    dp, tp = cfg.data_parallel(world_size), cfg.parallel.tensor
+    parameters = local_parameters(cfg.model, tp)
+    shard = -(-parameters // dp)
+    tokens = cfg.data.micro_batch * cfg.data.seq_len
+    between = tokens // tp if cfg.parallel.sequence else tokens
+    layer = _Layer.of(cfg.model, tp, tokens, between)
+    kept = {"none": layer.all, "selective": layer.projections, "block": layer.inputs}[
+        cfg.parallel.activation_checkpointing
+    ]
+    activations = cfg.model.n_layers * kept + between * cfg.model.d_model * FLOAT
+    again = {"none": 0, "selective": layer.inside, "block": layer.all}[cfg.parallel.activation_checkpointing]
+    in_backward = max(_loss_bytes(cfg.model, tp, tokens), layer.backward + again)
+    in_update = shard * FLOAT
+    return Memory(
+        parameters=parameters * FLOAT,
+        gradients=parameters * FLOAT,
+        optimizer=3 * shard * FLOAT,
+        activations=activations,
+        transient=max(in_backward, in_update - activations),
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of one block at the full width."""
+
+    inputs: int
+    projections: int
+    inside: int
+    all: int
+    backward: int
+
+    @classmethod
+    def of(cls, cfg: LanguageConfig, tp: int, tokens: int, between: int) -> _Layer:
+        heads = local_heads(cfg.n_heads, tp)
+        inner, bc, d = heads * cfg.headdim, 2 * cfg.d_state, cfg.d_model
+        projected = tokens * (2 * inner + bc + heads) * BF16
+        mixed = tokens * (inner + bc) * BF16
+        channels = tokens * inner * BF16
+        states = tokens // SCAN_CHUNK * inner * cfg.d_state * BF16
+        steps = 2 * tokens * heads * FLOAT
+        weights = (2 * inner + bc + heads + inner) * d * BF16
+        inputs = between * d * (FLOAT + BF16)
+        normed = tokens * d * BF16
+        inside = mixed + 2 * channels + states
+        projections = between * d * FLOAT + normed + projected + steps + weights
+        weight_gradients = (2 * inner + bc + heads + inner) * d * (FLOAT + BF16)
+        return cls(
+            inputs=inputs,
+            projections=projections,
+            inside=inside,
+            all=projections + inside,
+            backward=projected + mixed + 2 * channels + states + weight_gradients + 2 * between * d * FLOAT,
+        )
+
+
+def _loss_bytes(cfg: LanguageConfig, tp: int, tokens: int) -> int:
+    rows, d = cfg.n_vocab_rows // tp, cfg.d_model
+    logits = min(tokens, TOKENS_PER_PIECE) * rows * BF16
+    return logits + rows * d * (2 * FLOAT + 2 * BF16) + 2 * tokens * d * BF16

@@ -1,0 +1,52 @@
+"""Which checkpoints of a run stay: the newest, every n-th, and for each width the one with its best validation loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from pretrain.config import CheckpointConfig
+
+BEST = "best.json"
+"""In the folder of checkpoints: width name to {"step", "loss"} of its best validation that has a checkpoint."""
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def read_best(root: Path) -> dict[str, dict[str, float]]:
+    """The best validation of each width so far; empty before the first, or where the file is damaged."""
+    try:
+        best = json.loads((root / BEST).read_text())
+        return {width: {"step": int(entry["step"]), "loss": float(entry["loss"])} for width, entry in best.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def note_losses(root: Path, step: int, losses: dict[str, float]) -> None:
+    """Remember the validation losses at the checkpoint of `step`. One rank calls this, before that one is pruned.
+
+    A best of a later step belongs to a stretch that the run has since gone back over: it no longer counts.
+    """
+    best = {width: entry for width, entry in read_best(root).items() if entry["step"] <= step}
+    for width, loss in losses.items():
+        if width not in best or loss < best[width]["loss"]:
+            best[width] = {"step": step, "loss": loss}
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = root / f".{BEST}"
+    temporary.write_text(json.dumps(best, indent=1))
+    temporary.rename(root / BEST)
+
+
+def prune(root: Path, cfg: CheckpointConfig) -> None:
+    """Remove the checkpoints that `cfg` does not keep. One rank calls this, after a new one is whole."""
+    folders = sorted(root.glob("step_*"))
+    best = {int(entry["step"]) for entry in read_best(root).values()} if cfg.keep_best else set()
+    for folder in folders[: -cfg.keep_last]:
+        step = step_of(folder)
+        if step in best or (cfg.keep_every_steps and step % cfg.keep_every_steps == 0):
+            continue
+        shutil.rmtree(folder)

@@ -1,0 +1,125 @@
+"""A rank that dies, is stopped, or drifts away from the others: the job ends on all ranks, soon, and says which it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import train
+from pretrain.config import RunConfig
+from pretrain.distributed import RankError
+from pretrain.metrics import read_metrics
+from pretrain.watchdog import EXIT_HANG
+from tests.distributed.harness import RankFailedError, run_ranks, start_ranks
+from tests.distributed.toy_run import run_config
+
+LOST_S = 2.0
+
+
+def train_and_report(cfg: RunConfig, folder: Path) -> None:
+    """Train; what ends it is written to a file of this rank."""
+    try:
+        train.main(cfg)
+    except RankError as error:
+        (folder / f"said_{os.environ['RANK']}").write_text(str(error))
+        os._exit(1)
+
+
+def wait_for_a_step(cfg: RunConfig) -> None:
+    metrics = Path(cfg.run_dir) / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while not (metrics.exists() and any(record["step"] >= 3 for record in read_metrics(metrics))):
+        assert time.monotonic() < end, "no step in a minute"
+        time.sleep(0.02)
+
+
+def join(processes: list[Any], within_s: float) -> None:
+    end = time.monotonic() + within_s
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+        assert process.exitcode is not None, f"a rank still runs after {within_s:.0f} s"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_by_the_other(
+    victim: int, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOST_SECONDS", str(LOST_S))
+    cfg = run_config(dataset, tmp_path / "run", optim={"steps": 100_000})
+    processes = start_ranks(2, train_and_report, cfg, tmp_path)
+    try:
+        wait_for_a_step(cfg)
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        join(processes, within_s=3 * LOST_S + 15)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1 - victim].exitcode == 1
+    assert f"rank {victim} on " in (tmp_path / f"said_{1 - victim}").read_text()
+
+
+def test_a_stopped_rank_is_named_and_the_others_leave(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOST_SECONDS", str(LOST_S))
+    cfg = run_config(dataset, tmp_path, optim={"steps": 100_000})
+    processes = start_ranks(2, train.main, cfg)
+    try:
+        wait_for_a_step(cfg)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        join(processes[:1], within_s=3 * LOST_S + 15)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].exitcode == EXIT_HANG
+    said = (tmp_path / "hang" / "rank_00000.txt").read_text()
+    assert "rank 1 on " in said.splitlines()[0]
+    assert "lost, and no step for" in said.splitlines()[0]
+
+
+def flip_a_bit(tensor: torch.Tensor) -> None:
+    tensor.data.view(torch.int32).flatten()[1] ^= 1
+
+
+def train_and_drift(cfg: RunConfig, name: str) -> int:
+    """One bit flips on rank 1 after step 3: of a parameter, and of what the next update writes it from."""
+    advance = train.advance
+
+    def flip(run: train.Run, *args: Any, **kwargs: Any) -> Any:
+        if run.state.step == 3 and run.ranks.rank == 1:
+            flip_a_bit(run.engine.parameters[name])
+            fragment = run.engine.fragment(name)
+            if fragment is not None:
+                flip_a_bit(fragment.master)
+        return advance(run, *args, **kwargs)
+
+    train.advance = flip
+    return train.main(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "every"),
+    [
+        # ZeRO writes each data-parallel copy from one master, so the next update would mend this one.
+        ("blocks.1.mixer.gated_norm", 1, 1),
+        # These each tensor-parallel rank updates for itself: the drift stays, and is found at the next save.
+        ("final_norm", 2, 0),
+        ("blocks.0.mixer.in_bc", 2, 5),
+    ],
+    ids=str,
+)
+def test_ranks_that_drifted_apart_are_found_before_they_are_saved(
+    name: str, tensor: int, every: int, dataset: Path, tmp_path: Path
+) -> None:
+    parallel = {"tensor": tensor, "check_replicas_every": every}
+    cfg = run_config(dataset, tmp_path, parallel=parallel)
+    with pytest.raises(RankFailedError, match=rf"parameters differ .* first {name} on ranks \[") as caught:
+        run_ranks(2, train_and_drift, cfg, name)
+    assert str(caught.value).count("RankError: ") == 2
+    assert not list((tmp_path / "checkpoints").glob("step_*"))
