@@ -8,7 +8,7 @@ CHECKPOINT is a run's folder (its newest checkpoint), one checkpoint, or a folde
 |---|---|---|
 | hf | transformers' Mamba2ForCausalLM.from_pretrained | any uniform width |
 | mamba_ssm | mamba-ssm's MambaLMHeadModel.from_pretrained | uniform, if its channels are a whole multiple of d_model |
-| matmamba | modeling.model_folder.load_model, modeling.generate | any, per-layer mixes and the whole nested model too |
+| matmamba | modeling.model_folder.load_model, modeling.generate, modeling.serve | any, per-layer mixes and the whole nested model too |
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.config import LanguageConfig
 from modeling.convert import StateDict, cut, cut_mix, to_mamba_ssm
 from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model
+from modeling.search import read_widths
 
 FORMATS = ("hf", "mamba_ssm", "matmamba")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         state, cfg, named = read_state(args.checkpoint)
-        widths = nesting.parse_layer_widths(args.width, cfg.n_heads, cfg.n_layers)
+        widths = read_widths(args.width, cfg.n_heads, cfg.n_layers)
         tokenizer = args.tokenizer or (Path(named) if named and Path(named).is_file() else None)
         export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
     except (CheckpointError, ValueError, OSError) as error:

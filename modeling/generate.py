@@ -1,75 +1,99 @@
-"""Text from any submodel: prefill by the chunked scan, then one token a step with a state of constant size.
+"""Text from any submodel, as it comes.
 
-Letters: b batch, t time, v vocabulary.
+    python -m modeling.generate MODEL --width 1/8 --prompt "The" [--prompt "Another"] [--speculate 1/8]
+
+MODEL is a run, a checkpoint, or a model folder in our format. Each --width after the first continues the text as another
+turn at that width (modeling.decode.Conversation).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import argparse
+import sys
+import time
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from modeling.language import LanguageModel
-from modeling.nesting import LayerWidths
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token; else scores are divided by this before sampling."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens whose probabilities reach this sum."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+from modeling.checkpoint_reader import CheckpointError
+from modeling.decode import Conversation, check_prompts, generate
+from modeling.open_model import DTYPES, open_model
+from modeling.sampling import Sampling
+from modeling.search import read_widths
+from modeling.speculative import generate_speculatively
+from modeling.text import TextStream, open_text
 
 
-@torch.no_grad()
-def generate(
-    model: LanguageModel,
-    prompt_bt: Tensor,
-    widths: LayerWidths,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yield the next token of each sequence, int64 of shape b, up to `max_new_tokens` times.
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m modeling.generate", description="Text at any width, as it comes.")
+    parser.add_argument("model", type=Path, help="a run, a checkpoint, or a model folder")
+    parser.add_argument(
+        "--width",
+        action="append",
+        help="1 (default), 1/2, a head count as 16h, or one for each layer: 1,1/2,...; given again: another turn",
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="given again: a batch, printed one by one")
+    parser.add_argument("--tokenizer", default="", help="FILE.json, FILE.model or tiktoken:NAME; default: the model's")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of each turn")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speculate", metavar="WIDTH", help="this narrower width drafts, --width verifies")
+    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens that the draft is ahead")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 elsewhere")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    turns = args.width or ["1"]
+    try:
+        if len(turns) > 1 and (len(args.prompt) > 1 or args.speculate):
+            raise ValueError("several turns need one prompt and no --speculate")
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+        sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
+        opened = open_model(args.model, dtype=args.dtype, device=args.device)
+        model = opened.model
+        text = open_text(args.tokenizer or opened.tokenizer, model.cfg.vocab_size)
+        widths = [read_widths(turn, model.cfg.n_heads, model.cfg.n_layers) for turn in turns]
+        prompts = [text.encode(prompt) or [text.eos_id] for prompt in args.prompt]
+        check_prompts(prompts, model.cfg.vocab_size)
+        for one in widths:
+            model.check_widths(one)
+        draft = args.speculate and read_widths(args.speculate, model.cfg.n_heads, model.cfg.n_layers)
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+        common = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "generator": generator}
+        start = time.perf_counter()
+        if draft:
+            spoken = generate_speculatively(model, prompts, widths[0], draft, draft_tokens=args.draft_tokens, **common)
+            new = spoken.ids
+            for prompt, ids in zip(prompts, new, strict=True):
+                print(text.decode(prompt + text.until_end(ids)))
+            note = f", {spoken.acceptance:.0%} of the draft's tokens accepted in {spoken.rounds} rounds"
+            n_new = sum(len(ids) for ids in new)
+        elif len(prompts) > 1:
+            columns = list(generate(model, prompts, widths[0], **common))
+            for prompt, ids in zip(prompts, torch.stack(columns, dim=1).tolist(), strict=True):
+                print(text.decode(prompt + text.until_end(ids)))
+            note, n_new = "", len(columns) * len(prompts)
+        else:
+            note, n_new = "", 0
+            conversation = Conversation(model, [])
+            stream = TextStream(text)
+            print(stream.push(prompts[0]), end="", flush=True)
+            for i, one in enumerate(widths):
+                for token in conversation.turn(prompts[0] if i == 0 else [], one, **common):
+                    n_new += 1
+                    if token == text.eos_id:
+                        break
+                    print(stream.push([token]), end="", flush=True)
+            print(stream.rest())
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - start
+    print(f"{n_new} tokens in {seconds:.2f} s, {n_new / seconds:.1f} tokens/s{note}", file=sys.stderr)
+    return 0
 
-    `prompt_bt` holds int64 ids, at least one a sequence, all prompts equally long. `widths` picks the submodel; the
-    state belongs to it, so another width needs a new call. Raises ValueError for a model split over tp ranks.
-    """
-    if model.tp.size != 1:
-        raise ValueError(f"generate needs a whole model, this one is split over tp={model.tp.size}: load it at tp=1")
-    if prompt_bt.dim() != 2 or prompt_bt.shape[1] == 0:
-        raise ValueError(f"prompt has shape {tuple(prompt_bt.shape)}: it must be (batch, time) with at least one token")
-    sampling = sampling or Sampling()
-    states = model.empty_states(prompt_bt.shape[0], widths)
-    piece_bt = prompt_bt
-    for _ in range(max_new_tokens):
-        hidden_btd = model(piece_bt, widths, states=states)
-        # Rows past vocab_size only pad the embedding: no tokenizer knows them.
-        logits_bv = model.logits(hidden_btd[:, -1:])[:, 0, : model.cfg.vocab_size]
-        next_b = choose(logits_bv, sampling, generator)
-        yield next_b
-        piece_bt = next_b[:, None]
 
-
-def choose(logits_bv: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """One token id (int64, shape b) for each row of scores."""
-    if sampling.temperature == 0:
-        return logits_bv.argmax(-1)
-    probabilities_bv = torch.softmax(logits_bv.float() / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        sorted_bv, order_bv = probabilities_bv.sort(dim=-1, descending=True)
-        # A token stays while the sum before it is below top_p: at least one always does.
-        beyond_bv = sorted_bv.cumsum(-1) - sorted_bv >= sampling.top_p
-        probabilities_bv = torch.zeros_like(sorted_bv).scatter(-1, order_bv, sorted_bv.masked_fill(beyond_bv, 0))
-    return torch.multinomial(probabilities_bv, 1, generator=generator)[:, 0]
+if __name__ == "__main__":
+    sys.exit(main())

@@ -68,6 +68,9 @@ class NestingConfig:
     """all: every width at every step. sandwich: the widest, the narrowest, and one drawn between them."""
     draw: Literal["shared", "separate"] = "shared"
     """shared: all widths see the same tokens. separate: each draws its own, as the public reference does."""
+    mix_rate: float = 0.0
+    """Share of steps in which one width below the full one runs as a mix instead: each of its layers as wide as it is, or
+    as the next wider width. For models whose per-layer mixes will be used; 0: uniform widths alone are trained."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each of model.widths in the loss; empty means 1 / (number of widths) each."""
     distill_weight: float = 0.0
@@ -77,6 +80,7 @@ class NestingConfig:
 
     def __post_init__(self) -> None:
         _require(all(w > 0 for w in self.loss_weights), f"nesting.loss_weights={self.loss_weights}: must be positive")
+        _require(0 <= self.mix_rate <= 1, f"nesting.mix_rate={self.mix_rate}: must lie in 0 to 1")
         _require(self.distill_weight >= 0, f"nesting.distill_weight={self.distill_weight}: must not be negative")
         _require(
             self.distill_temperature > 0, f"nesting.distill_temperature={self.distill_temperature}: must be positive"
@@ -262,7 +266,7 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32."""
     seed: int = 1337
-    """Seeds initial weights, data order and the sandwich draw."""
+    """Seeds initial weights, data order, the sandwich draw and mixes."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms: two runs are bitwise equal, at some cost on a GPU."""
 
@@ -277,6 +281,8 @@ class RunConfig:
             _require(n_widths >= 3, f"nesting.rule=sandwich needs 3 or more widths, model.widths={self.model.widths}")
         if self.nesting.distill_weight:
             _require(n_widths >= 2, "nesting.distill_weight needs a narrower width to teach; model.widths has one")
+        if self.nesting.mix_rate:
+            _require(n_widths >= 2, "nesting.mix_rate needs two widths to mix; model.widths has one")
         allowed = nesting.allowed_tp(self.model.widths)
         _require(
             self.parallel.tensor in allowed,

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from modeling.checkpoint_reader import CheckpointError
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
-from modeling.nesting import LayerWidths, parse_layer_widths, uniform, width_name
+from modeling.nesting import LayerWidths, uniform, width_name
+from modeling.search import read_widths
 from pretrain.checkpoint_model import load_model
 from pretrain.data import Batch, validation_batches
 from pretrain.dataset_check import check_dataset
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.width is None:
             submodels = {width_name(n, full): uniform(n, n_layers) for n in cfg.model.widths}
         else:
-            submodels = {text: parse_layer_widths(text, full, n_layers) for text in args.width}
+            submodels = {text: read_widths(text, full, n_layers) for text in args.width}
         check_dataset(data, cfg.model.vocab_size)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling.flops import training_flops_per_token
-from modeling.nesting import width_name
+from modeling.nesting import LayerWidths, width_name
 from pretrain.config import RunConfig
 from pretrain.hardware import device_name, memory_gib, peak_tflops
 
@@ -37,6 +37,10 @@ class StepMeter:
             for n_heads in cfg.model.widths
         }
         self._start_interval()
+
+    def add_mix(self, layers: LayerWidths, n_tokens: int) -> None:
+        """Count a pass whose layers differ in width: its work alone, since its loss is no trained width's."""
+        self._flops += training_flops_per_token(self.cfg.model, layers) * n_tokens * self.ranks.dp_size
 
     def add(self, n_heads: int, loss: Tensor, n_tokens: int) -> None:
         """Count one width's mean next-token loss over this rank's `n_tokens` tokens."""

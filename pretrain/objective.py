@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modeling.config import LanguageConfig
 from modeling.loss import Loss, next_token_loss
+from modeling.nesting import LayerWidths
 from pretrain.config import NestingConfig, RunConfig
 from pretrain.data import Batch
 from pretrain.engine import Engine
@@ -20,7 +21,15 @@ class WeightedWidth:
     """A width that trains in this step, and the weight of its loss."""
 
     n_heads: int
+    """The trained width that this pass is of, or, of a mix, its narrower one."""
     weight: float
+    layers: LayerWidths
+    """What runs: n_heads in every layer, or a mix."""
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether this is not the trained width itself."""
+        return set(self.layers) != {self.n_heads}
 
 
 def step_widths(
@@ -28,14 +37,24 @@ def step_widths(
 ) -> list[WeightedWidth]:
     """The widths of step `step`, widest first. A function of the seed and the step, so a resumed run draws the same.
 
-    sandwich keeps the sum of the weights: the drawn widths' weights are scaled up to it.
+    sandwich keeps the sum of the weights: the drawn widths' weights are scaled up to it. With cfg.mix_rate one width may be
+    a mix of itself and the next wider one, at the same weight.
     """
     chosen = list(range(len(model.widths)))
     if cfg.rule == "sandwich":
         drawn = random.Random(f"{seed}:{step}").choice(chosen[1:-1])
         chosen = [0, drawn, chosen[-1]]
     scale = sum(weights) / sum(weights[i] for i in chosen)
-    return [WeightedWidth(n_heads=model.widths[i], weight=weights[i] * scale) for i in chosen]
+    layers = [model.layer_widths(model.widths[i]) for i in chosen]
+    drawing = random.Random(f"{seed}:{step}:mix")
+    if drawing.random() < cfg.mix_rate:
+        place = drawing.randrange(1, len(chosen))
+        pair = model.widths[chosen[place] - 1 : chosen[place] + 1]
+        layers[place] = tuple(drawing.choice(pair) for _ in range(model.n_layers))
+    return [
+        WeightedWidth(n_heads=model.widths[i], weight=weights[i] * scale, layers=widths)
+        for i, widths in zip(chosen, layers, strict=True)
+    ]
 
 
 def draws_per_micro_batch(model: LanguageConfig, cfg: NestingConfig) -> int:
@@ -57,7 +76,7 @@ def width_losses(
     teacher_btd: Tensor | None = None
     for i, width in enumerate(widths):
         batch = batches[i % len(batches)]
-        hidden_btd = engine(batch.tokens_bt, cfg.model.layer_widths(width.n_heads), seq_idx_bt=batch.seq_idx_bt)
+        hidden_btd = engine(batch.tokens_bt, width.layers, seq_idx_bt=batch.seq_idx_bt)
         loss = next_token_loss(
             engine.model,
             hidden_btd,

@@ -10,8 +10,10 @@ import torch
 
 from data_prep.tokenizers_io import open_tokenizer
 from modeling.checkpoint_reader import CheckpointError
-from modeling.generate import Sampling, generate
+from modeling.decode import generate
+from modeling.inference import InferenceModel
 from modeling.nesting import parse_layer_widths
+from modeling.sampling import Sampling
 from pretrain.checkpoint_model import load_model
 from pretrain.config import ConfigError
 
@@ -42,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     generator = torch.Generator().manual_seed(args.seed)
     steps = generate(
-        model,
-        torch.tensor([ids]),
+        InferenceModel(model),
+        [ids],
         widths,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,

@@ -133,7 +133,11 @@ def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> float:
             last = m == n_micro - 1 and i == len(widths) - 1
             weighted = loss.total * (width.weight / n_micro)
             run.engine.backward(weighted, last=last)
-            run.meter.add(width.n_heads, loss.next_token, batches[0].targets_bt.numel())
+            n_tokens = batches[0].targets_bt.numel()
+            if width.is_mix:
+                run.meter.add_mix(width.layers, n_tokens)
+            else:
+                run.meter.add(width.n_heads, loss.next_token, n_tokens)
             total += weighted.detach()
     return run.ranks.mean(total)
 

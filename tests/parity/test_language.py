@@ -9,9 +9,11 @@ from torch import Tensor
 
 from modeling.config import LanguageConfig
 from modeling.convert import cut, from_mamba_ssm, to_mamba_ssm
-from modeling.generate import Sampling, choose, generate
+from modeling.decode import generate
+from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
+from modeling.sampling import Sampling, choose
 from tests.parity import oracles
 
 CFG = LanguageConfig(
@@ -155,7 +157,7 @@ def test_documents_do_not_leak_into_each_other() -> None:
 @pytest.mark.parametrize("widths", [(8, 8), (1, 1), (8, 2)])
 def test_decoding_token_by_token_equals_the_full_forward(widths: tuple[int, ...]) -> None:
     model, prompt_bt = model_of(), some_tokens(batch=3, t=21)
-    generated = torch.stack(list(generate(model, prompt_bt, widths, max_new_tokens=8)), dim=1)
+    generated = torch.stack(list(generate(InferenceModel(model), prompt_bt.tolist(), widths, max_new_tokens=8)), dim=1)
     ids_bt = prompt_bt
     for step in range(8):
         with torch.no_grad():

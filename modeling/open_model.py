@@ -1,0 +1,49 @@
+"""One way to open whatever a user points at: a run, a checkpoint, or a model folder in our format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modeling.export import read_state
+from modeling.inference import InferenceModel
+from modeling.language import LanguageModel
+from modeling.model_folder import CONFIG_NAME, load_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can run, and where its tokenizer is."""
+
+    model: InferenceModel
+    tokenizer: str
+    """FILE or tiktoken:NAME, empty where neither the folder nor the run's config names one."""
+
+
+def open_model(
+    path: Path, *, dtype: str | None = None, device: str = "cpu", state_dtype: torch.dtype = torch.float32
+) -> Opened:
+    """The model at `path`. `dtype` is one of DTYPES; None is bf16 on a GPU and fp32 elsewhere.
+
+    Raises CheckpointError, ModelFolderError or ValueError, with what to do, where `path` is nothing of that or damaged.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if (path / CONFIG_NAME).exists():
+        model, tokenizer = load_model(path), _beside(path)
+    else:
+        state, cfg, tokenizer = read_state(path)
+        with torch.device("meta"):
+            model = LanguageModel(cfg)
+        model.load_state_dict(state, assign=True)
+    chosen = torch.bfloat16 if dtype is None and device.startswith("cuda") else DTYPES[dtype or "fp32"]
+    return Opened(InferenceModel(model, dtype=chosen, device=device, state_dtype=state_dtype), tokenizer)
+
+
+def _beside(folder: Path) -> str:
+    files = [folder / "tokenizer.json", *sorted(folder.glob("*.model"))]
+    return next((str(file) for file in files if file.is_file()), "")

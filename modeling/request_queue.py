@@ -1,0 +1,111 @@
+"""One worker that runs requests in the order they came, and a bounded line before it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from modeling.completions import Completion, RequestError
+from modeling.decode import generate
+from modeling.inference import InferenceModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A request in the line. The worker calls `tell` from its own thread."""
+
+    request: Completion
+    tell: Callable[[list[int] | Exception | None], None]
+    """Given one token id for each sequence at a time, None at the end, an exception where it failed."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set by whoever no longer wants the rest."""
+    entered_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None
+
+
+class RequestQueue:
+    """Runs one job at a time on the model. Full is full: the caller is told at once, not after a wait."""
+
+    def __init__(self, model: InferenceModel, *, max_waiting: int = 16, max_wait_s: float = 120.0) -> None:
+        """At most `max_waiting` jobs wait; one that has waited `max_wait_s` is refused instead of run."""
+        if max_waiting < 1:
+            raise ValueError(f"max_waiting={max_waiting}: must be at least 1")
+        self._model, self._max_wait_s = model, max_wait_s
+        self._jobs: queue.Queue[Job | None] = queue.Queue(maxsize=max_waiting)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
+        self._thread.start()
+
+    @property
+    def n_waiting(self) -> int:
+        """Jobs in the line, not counting the one that runs."""
+        return self._jobs.qsize()
+
+    def put(self, job: Job) -> None:
+        """Enter the line. Raises RequestError where it is full (429) or stopped (503)."""
+        if self._stopping.is_set():
+            raise RequestError("the server is stopping", status=503)
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            raise RequestError(f"{self._jobs.maxsize} requests are waiting: try again later", status=429) from None
+
+    def stop(self) -> None:
+        """Finish the running token, refuse the rest, and end the worker."""
+        self._stopping.set()
+        with contextlib.suppress(queue.Full):  # a worker with a full line does not wait for work
+            self._jobs.put_nowait(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            job = self._jobs.get()
+            if job is None:
+                continue
+            try:
+                self._run(job)
+                job.tell(None)
+            except RequestError as error:
+                job.tell(error)
+            except Exception as error:
+                # The server outlives a request that fails, out of memory for instance.
+                log.exception("a request failed")
+                job.tell(error)
+        while not self._jobs.empty():
+            left = self._jobs.get_nowait()
+            if left is not None:
+                left.tell(RequestError("the server is stopping", status=503))
+
+    def _run(self, job: Job) -> None:
+        job.started_s = time.monotonic()
+        if job.started_s - job.entered_s > self._max_wait_s:
+            raise RequestError(f"waited longer than {self._max_wait_s:g} s: try again later", status=503)
+        request = job.request
+        generator = torch.Generator(self._model.device)
+        if request.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(request.seed)
+        steps = generate(
+            self._model,
+            request.prompts,
+            request.widths,
+            max_new_tokens=request.max_tokens,
+            sampling=request.sampling,
+            generator=generator,
+        )
+        for tokens_b in steps:
+            if self._stopping.is_set():
+                raise RequestError("the server is stopping", status=503)
+            if job.cancelled.is_set():
+                return
+            job.tell(tokens_b.tolist())

@@ -1,0 +1,49 @@
+"""How the next token is chosen from scores.
+
+Letters: b batch, v vocabulary; any further leading dims may stand for b.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; else scores are divided by this before sampling."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens whose probabilities reach this sum."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature}: must be a number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+
+
+def probabilities(logits_bv: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that the next token is drawn from, float32, shape b v; at temperature 0 all on the likeliest."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_bv, dtype=torch.float32).scatter(-1, logits_bv.argmax(-1, keepdim=True), 1.0)
+    probabilities_bv = torch.softmax(logits_bv.float() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        sorted_bv, order_bv = probabilities_bv.sort(dim=-1, descending=True)
+        # A token stays while the sum before it is below top_p: at least one always does.
+        beyond_bv = sorted_bv.cumsum(-1) - sorted_bv >= sampling.top_p
+        probabilities_bv = torch.zeros_like(sorted_bv).scatter(-1, order_bv, sorted_bv.masked_fill(beyond_bv, 0))
+        probabilities_bv = probabilities_bv / probabilities_bv.sum(-1, keepdim=True)
+    return probabilities_bv
+
+
+def choose(logits_bv: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """One token id (int64, shape b) for each row of scores."""
+    if sampling.temperature == 0:
+        return logits_bv.argmax(-1)
+    return torch.multinomial(probabilities(logits_bv, sampling), 1, generator=generator)[:, 0]

@@ -1,0 +1,135 @@
+"""Text to token ids and back, for the tools that run a model: tokenizer.json, sentencepiece .model, or tiktoken:NAME.
+
+The data preparation has its own reader of the same files, with what it needs and this does not: speed, hashes, proofs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenizer, as far as generating needs one."""
+
+    encode: Callable[[str], list[int]]
+    """Ids of a text, nothing added; special tokens' names are plain text."""
+    decode: Callable[[Sequence[int]], str]
+    eos_id: int
+    """Id that ends a document."""
+    vocab_size: int
+    """One more than the largest id."""
+
+    def until_end(self, ids: Sequence[int]) -> list[int]:
+        """The ids before the first end of text."""
+        ids = list(ids)
+        return ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
+
+
+class TextStream:
+    """Text of ids as they come: a character that needs several tokens appears when its last one does."""
+
+    def __init__(self, text: Text) -> None:
+        self._text, self._ids, self._shown = text, list[int](), ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Add ids; returns the text that is complete now and was not before."""
+        self._ids += ids
+        return self._advance(final=False)
+
+    def rest(self) -> str:
+        """What is left at the end, incomplete characters included."""
+        return self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> str:
+        whole = self._text.decode(self._ids)
+        # A replacement character at the end may be the first bytes of a longer character.
+        if not final and whole.endswith("�"):
+            return ""
+        new = whole[len(self._shown) :]
+        self._shown = whole
+        return new
+
+
+def open_text(spec: str, vocab_size: int) -> Text:
+    """The tokenizer that `spec` names, for a model of `vocab_size` tokens.
+
+    Raises FileNotFoundError where there is no such file, ValueError where it is no tokenizer, names no end of text, or has
+    more ids than the model.
+    """
+    if not spec:
+        raise ValueError("the model names no tokenizer: pass --tokenizer FILE or tiktoken:NAME")
+    if spec.startswith("tiktoken:"):
+        text = _tiktoken(spec)
+    elif not Path(spec).is_file():
+        raise FileNotFoundError(f"tokenizer {spec}: no such file")
+    else:
+        text = _sentencepiece(spec) if spec.endswith(".model") else _tokenizer_json(spec)
+    if text.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {spec} has {text.vocab_size} tokens, the model {vocab_size}: it was trained with another tokenizer"
+        )
+    return text
+
+
+def _tokenizer_json(spec: str) -> Text:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(spec)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"tokenizer {spec}: not a tokenizer.json ({error})") from None
+    # Text is text: "<|endoftext|>" in a prompt is the characters it is made of, as in the training data.
+    tokenizer.encode_special_tokens = True
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    return Text(encode, decode, _eos(vocab, spec), max(vocab.values()) + 1)
+
+
+def _sentencepiece(spec: str) -> Text:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_file=spec)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"tokenizer {spec}: not a sentencepiece model ({error})") from None
+    if processor.eos_id() < 0:
+        raise ValueError(f"tokenizer {spec}: it has no end-of-sentence piece")
+
+    def encode(text: str) -> list[int]:
+        return list(processor.encode(text, out_type=int))
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(processor.decode([int(i) for i in ids]))
+
+    return Text(encode, decode, processor.eos_id(), processor.vocab_size())
+
+
+def _tiktoken(spec: str) -> Text:
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError(f"tokenizer {spec}: install tiktoken (pip install 'matmamba-pretrain[data]')") from None
+    encoding = tiktoken.get_encoding(spec.removeprefix("tiktoken:"))
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(encoding.decode(list(ids)))
+
+    return Text(encoding.encode_ordinary, decode, _eos(encoding._special_tokens, spec), encoding.max_token_value + 1)
+
+
+def _eos(ids: dict[str, int], where: str) -> int:
+    for name in EOS_NAMES:
+        if name in ids:
+            return ids[name]
+    raise ValueError(f"tokenizer {where}: none of {', '.join(EOS_NAMES)} in its vocabulary")

@@ -1,0 +1,73 @@
+"""The Mix'n'Match search on a small trained run, on one rank and on two: presets, held-out losses, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.loss import next_token_loss
+from modeling.search import read_widths
+from pretrain import search, train
+from pretrain.checkpoint_model import load_model
+from pretrain.data import validation_batches
+from tests.distributed.harness import run_ranks
+from tests.distributed.toy_run import run_config
+
+
+@pytest.fixture(scope="module")
+def run_dir(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir: Path = tmp_path_factory.mktemp("search") / "run"
+    assert run_ranks(1, train.main, run_config(dataset, run_dir)) == [0]
+    return run_dir
+
+
+def searched(n_ranks: int, run_dir: Path, presets: Path, *more: str) -> dict[str, dict[str, object]]:
+    arguments = [str(run_dir), "--sequences", "8", "--points", "1", "--trials", "2", "-o", str(presets), *more]
+    assert run_ranks(n_ranks, search.main, arguments) == [0] * n_ranks
+    found: dict[str, dict[str, object]] = json.loads(presets.read_text())["presets"]
+    return found
+
+
+def test_presets_hold_mixes_and_their_held_out_losses(run_dir: Path, tmp_path: Path) -> None:
+    presets, png = tmp_path / "presets.json", tmp_path / "curve.png"
+    found = searched(1, run_dir, presets, "--plot", str(png))
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert [name for name, point in found.items() if point["trained"]] == ["8h", "4h", "2h"]
+    assert sum(not point["trained"] for point in found.values()) == 2
+    model, cfg = load_model(run_dir)
+    batches = validation_batches(cfg.data, vocab_size=64, dp_rank=0, dp_size=1, n_sequences=8)
+    tokens, targets = (torch.cat([getattr(b, name) for b in batches])[1::2] for name in ("tokens_bt", "targets_bt"))
+    for name, point in found.items():
+        widths = read_widths(f"@{presets}:{name}", 8, 2)
+        with torch.no_grad():
+            loss = next_token_loss(model, model(tokens, widths), targets).next_token
+        assert point["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_two_ranks_search_together(run_dir: Path, tmp_path: Path) -> None:
+    """They halve their own shares of the sequences, so the losses are of other ones, and near."""
+    one, two = (searched(n, run_dir, tmp_path / f"{n}.json", "--sequences", "16") for n in (1, 2))
+    for name in ("8h", "4h", "2h"):
+        assert one[name]["cost"] == two[name]["cost"]
+        assert two[name]["loss"] == pytest.approx(one[name]["loss"], rel=0.1)
+
+
+def test_latency_is_measured(run_dir: Path, tmp_path: Path) -> None:
+    found = searched(1, run_dir, tmp_path / "presets.json", "--cost", "latency")
+    costs = [float(str(point["cost"])) for point in found.values() if point["trained"]]
+    assert costs == sorted(costs, reverse=True)
+    assert 0 < costs[-1] < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--points", "0"], "too small"), (["--data", "nowhere"], "nowhere"), (["--budget", "1"], "already costs")],
+)
+def test_mistakes_are_named(
+    run_dir: Path, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_ranks(1, search.main, [str(run_dir), "--sequences", "8", *arguments]) == [2]
+    assert message in capfd.readouterr().err

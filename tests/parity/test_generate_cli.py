@@ -1,0 +1,161 @@
+"""`python -m modeling.generate` on a small model folder: what a user types, and what a mistake says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from modeling.config import LanguageConfig
+from modeling.generate import main
+from modeling.language import LanguageModel
+from modeling.model_folder import save_model
+from modeling.nesting import uniform
+from modeling.text import TextStream, open_text
+
+SENTENCE = "The quick brown fox — naïve, 日本語 — jumps over the lazy dog. "
+
+
+def write_tokenizer(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([SENTENCE] * 5, trainer)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("model") / "whole"
+    cfg = LanguageConfig(n_layers=2, d_model=64, headdim=16, widths=(8, 4, 1), d_state=8, vocab_size=310)
+    model = LanguageModel(cfg)
+    model.init_weights(0)
+    save_model(folder, {name: p.detach() for name, p in model.named_parameters()}, cfg, uniform(8, 2))
+    write_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([*map(str, arguments), "--device", "cpu"])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_text_in_text_out_at_any_width(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {}
+    for width in ("1", "1/8", "1,1/2"):
+        code, out, err = run(capsys, folder, "--width", width, "--prompt", "The quick", "--max-new-tokens", 12)
+        assert code == 0, err
+        assert out.startswith("The quick")
+        assert "tokens/s" in err
+        texts[width] = out
+    assert len(set(texts.values())) == 3, "each width is a model of its own"
+
+
+def test_speculation_and_batches_print_the_same_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = (folder, "--prompt", "The", "--max-new-tokens", 20)
+    _, plain, _ = run(capsys, *common)
+    code, drafted, err = run(capsys, *common, "--speculate", "1/2")
+    assert code == 0
+    assert drafted == plain
+    assert "accepted" in err
+    code, batch, _ = run(capsys, *common, "--prompt", SENTENCE)
+    assert code == 0
+    assert batch.startswith(plain)
+    assert SENTENCE in batch
+
+
+def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = (folder, "--prompt", "The", "--temperature", "1.5", "--max-new-tokens", 20, "--seed")
+    first, again, other = (run(capsys, *common, seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--width", "1/3"), "width '1/3'"),
+        (("--width", "1,1/2,1"), "3 widths for 2 layers"),
+        (("--temperature", "-1"), "temperature=-1.0"),
+        (("--speculate", "1", "--width", "1/2"), "wider than target"),
+        (("--tokenizer", "absent.json"), "absent.json: no such file"),
+        (("--max-new-tokens", "0"), "must be at least 1"),
+        (("--width", "1", "--width", "1/2", "--prompt", "x"), "several turns need one prompt"),
+    ],
+)
+def test_mistakes_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run(capsys, folder, "--prompt", "The", *arguments)
+    assert code == 2
+    assert message in err
+    assert out == ""
+
+
+def test_another_vocabulary_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer of more ids than the model has: ids would be wrong long before one is out of range."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"word{i}" for i in range(50)])
+    tokenizer.save(str(tmp_path / "large.json"))
+    code, _, err = run(capsys, folder, "--prompt", "x", "--tokenizer", tmp_path / "large.json")
+    assert code == 2
+    assert "it was trained with another tokenizer" in err
+
+
+def damaged(folder: Path, target: Path, name: str, damage: object) -> Path:
+    shutil.copytree(folder, target)
+    path = target / name
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    return target
+
+
+def test_damaged_and_hostile_folders_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def altered(raw: bytes, **changes: object) -> bytes:
+        about = json.loads(raw)
+        about["model"] |= changes
+        return json.dumps(about).encode()
+
+    cases = {
+        "cut": ("model.safetensors", lambda raw: raw[: len(raw) // 2], "cannot be read"),
+        "field": ("config.json", lambda raw: altered(raw, run="rm"), "unknown fields: ['run']"),
+        "vocab": ("config.json", lambda raw: altered(raw, vocab_size=1000), "embedding"),
+        "layers": ("config.json", lambda raw: altered(raw, n_layers=-1), "model.n_layers=-1"),
+        "huge": ("config.json", lambda raw: altered(raw, n_layers=10**9), "2 widths for 1000000000 layers"),
+        "text": ("config.json", lambda raw: b"{", "does not describe a model"),
+        "list": ("config.json", lambda raw: b"[]", "does not describe a model"),
+    }
+    for case, (name, damage, message) in cases.items():
+        code, _, err = run(capsys, damaged(folder, tmp_path / case, name, damage), "--prompt", "x")
+        assert code == 2, case
+        assert message in err, case
+
+
+def test_streamed_text_is_the_whole_text_and_never_half_a_character(folder: Path) -> None:
+    text = open_text(str(folder / "tokenizer.json"), 310)
+    stream = TextStream(text)
+    pieces = [stream.push([i]) for i in text.encode("日本語 naïve")]
+    assert "".join(pieces) + stream.rest() == "日本語 naïve"
+    assert not any("�" in piece for piece in pieces)
+    assert pieces.count("") > 0, "some characters take several tokens"
+    cut = TextStream(text)
+    assert cut.push(text.encode("日")[:1]) == ""
+    assert cut.rest() == "�"
+
+
+def test_a_special_tokens_name_in_a_prompt_is_text(folder: Path) -> None:
+    text = open_text(str(folder / "tokenizer.json"), 310)
+    assert text.eos_id not in text.encode("<|endoftext|>")
+    assert torch.tensor(text.encode("<|endoftext|>")).numel() > 1

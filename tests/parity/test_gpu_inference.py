@@ -1,0 +1,82 @@
+"""On a GPU: decoding through the compiled step, CUDA graphs and bfloat16 against the CPU's float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modeling.config import LanguageConfig
+from modeling.cuda_graph import graphed
+from modeling.decode import generate, prefill
+from modeling.inference import InferenceModel
+from modeling.language import LanguageModel
+from modeling.nesting import LayerWidths
+from modeling.speculative import generate_speculatively
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU"),
+    pytest.mark.timeout(900),  # mamba-ssm's kernels tune themselves for minutes at first use
+]
+
+CFG = LanguageConfig(n_layers=3, d_model=192, headdim=24, widths=(16, 8, 4, 2), d_state=128, vocab_size=1000)
+WIDTHS = [*map(CFG.layer_widths, CFG.widths), (16, 2, 8)]
+LENGTHS = (1, 2, 300, 40)
+# The chunked scan's products are TF32 on a GPU, and bfloat16 has three digits.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
+
+
+@pytest.fixture(scope="module")
+def trained() -> LanguageModel:
+    model = LanguageModel(CFG)
+    model.init_weights(0)
+    with torch.no_grad():
+        model.embedding.mul_(20)
+    return model.eval()
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, CFG.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_unequal_prompts_and_steps_equal_the_cpu(
+    trained: LanguageModel, widths: LayerWidths, dtype: torch.dtype
+) -> None:
+    models = InferenceModel(trained), InferenceModel(trained, dtype=dtype, device="cuda")
+    states = [model.empty_state(len(LENGTHS), widths) for model in models]
+    expected, found = (m.logits(prefill(m, prompts(), s)) for m, s in zip(models, states, strict=True))
+    for i in range(5):
+        for row, reference in zip(found.cpu(), expected, strict=True):
+            assert float((row - reference).norm() / reference.norm()) < TOLERANCE[dtype]
+        new = torch.tensor([[7 * i + b] for b in range(len(LENGTHS))])
+        expected, found = (m.logits(m.forward(new.to(m.device), s)[:, 0]) for m, s in zip(models, states, strict=True))
+
+
+def test_a_graph_does_what_launching_does(trained: LanguageModel) -> None:
+    model = InferenceModel(trained, dtype=torch.bfloat16, device="cuda")
+    plain = model.empty_state(4, CFG.layer_widths(8))
+    prefill(model, prompts(), plain)
+    replayed = plain.clone()
+    tokens_b = torch.arange(4, device="cuda")
+    step = graphed(lambda t_b: model.logits(model.forward(t_b[:, None], replayed)[:, 0]), [tokens_b], [replayed])
+    for _ in range(5):
+        expected = model.logits(model.forward(tokens_b[:, None], plain)[:, 0])
+        found = step(tokens_b)
+        assert torch.equal(found, expected)
+        tokens_b = expected.argmax(-1)
+    for mine, theirs in zip((*plain.conv, *plain.ssm), (*replayed.conv, *replayed.ssm), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("draft", [(16, 16, 16), (2, 2, 2)])
+def test_speculation_is_greedy_decoding(trained: LanguageModel, draft: LayerWidths) -> None:
+    """In float32, where the size of a batch moves scores by less than the gap between the likeliest two."""
+    model, full = InferenceModel(trained, device="cuda"), CFG.layer_widths(16)
+    plain = torch.stack(list(generate(model, prompts(), full, max_new_tokens=48)), dim=1).tolist()
+    result = generate_speculatively(model, prompts(), full, draft, max_new_tokens=48)
+    assert result.ids == plain
+    if draft == full:
+        assert result.acceptance == 1

@@ -1,0 +1,239 @@
+"""The server over HTTP, and its page in a headless browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+pytest.importorskip("httpx", reason="FastAPI's test client needs httpx")
+
+from fastapi.testclient import TestClient
+
+from modeling.completions import Limits
+from modeling.config import LanguageConfig
+from modeling.decode import generate
+from modeling.inference import InferenceModel
+from modeling.language import LanguageModel
+from modeling.request_queue import RequestQueue
+from modeling.serve import Served, build_app
+from modeling.text import Text
+
+CFG = LanguageConfig(n_layers=2, d_model=64, headdim=16, widths=(8, 4, 1), d_state=8, vocab_size=128)
+BYTES = Text(
+    encode=lambda s: [b for b in s.encode() if b < 128],
+    decode=lambda ids: bytes(ids).decode(),
+    eos_id=0,
+    vocab_size=128,
+)
+
+
+def served(max_waiting: int = 4) -> Served:
+    trained = LanguageModel(CFG)
+    trained.init_weights(5)
+    with torch.no_grad():
+        trained.embedding.mul_(20)
+    model = InferenceModel(trained)
+    limits = Limits(prompt_tokens=50, new_tokens=40, sequences=4, body_bytes=10_000)
+    return Served(model, "tiny", BYTES, limits, RequestQueue(model, max_waiting=max_waiting))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Served:
+    return served()
+
+
+@pytest.fixture(scope="module")
+def client(shared: Served) -> Iterator[TestClient]:
+    with TestClient(build_app(shared)) as client:
+        yield client
+
+
+def ask(client: TestClient, **body: object) -> Any:
+    answer = client.post("/v1/completions", json={"prompt": "The", "temperature": 0, "max_tokens": 12, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def events(client: TestClient, **body: object) -> list[Any]:
+    asked = {"prompt": "The", "temperature": 0, "max_tokens": 12, "stream": True, **body}
+    with client.stream("POST", "/v1/completions", json=asked) as answer:
+        assert answer.status_code == 200
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def expected(shared: Served, prompt: str, n_heads: int, n: int = 12) -> str:
+    steps = generate(shared.model, [BYTES.encode(prompt)], CFG.layer_widths(n_heads), max_new_tokens=n)
+    return BYTES.decode(BYTES.until_end([int(token) for token in steps]))
+
+
+@pytest.mark.parametrize(("width", "n_heads"), [("1", 8), ("1/2", 4), ("1h", 1)])
+def test_a_completion_is_the_text_of_its_width(client: TestClient, shared: Served, width: str, n_heads: int) -> None:
+    answer = ask(client, width=width)
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == f"tiny:{width}"
+    (choice,) = answer["choices"]
+    assert choice["text"] == expected(shared, "The", n_heads)
+    assert choice["finish_reason"] in ("length", "stop")
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert answer["matmamba"]["tokens_per_s"] > 0
+    assert answer["matmamba"]["state_bytes_per_sequence"] == shared.model.state_bytes(CFG.layer_widths(n_heads))
+
+
+def test_a_stream_is_the_same_text(client: TestClient) -> None:
+    for body in ({}, {"width": "1/2", "echo": True}, {"prompt": ["The", "A longer prompt"], "max_tokens": 9}):
+        whole = ask(client, **body)
+        pieces = events(client, **body)
+        texts = dict.fromkeys(range(len(whole["choices"])), "")
+        reasons = {}
+        for piece in pieces:
+            for choice in piece["choices"]:
+                texts[choice["index"]] += choice["text"]
+                if choice["finish_reason"]:
+                    reasons[choice["index"]] = choice["finish_reason"]
+        assert list(texts.values()) == [choice["text"] for choice in whole["choices"]]
+        assert list(reasons.values()) == [choice["finish_reason"] for choice in whole["choices"]]
+        assert pieces[-1]["usage"] == whole["usage"]
+        assert len(pieces) > 3
+
+
+def test_a_batch_of_unequal_prompts_equals_single_requests(client: TestClient) -> None:
+    prompts = ["a", "A much longer prompt than that", "The"]
+    together = ask(client, prompt=prompts)["choices"]
+    assert [choice["index"] for choice in together] == [0, 1, 2]
+    for prompt, choice in zip(prompts, together, strict=True):
+        assert choice["text"] == ask(client, prompt=prompt)["choices"][0]["text"]
+
+
+def test_stop_texts_and_seeds(client: TestClient, shared: Served) -> None:
+    text = expected(shared, "The", 8)
+    stop = text[3:5]
+    answer = ask(client, stop=stop)["choices"][0]
+    assert answer == {"index": 0, "text": text[: text.index(stop)], "logprobs": None, "finish_reason": "stop"}
+    sampled = [ask(client, temperature=1.5, seed=seed)["choices"][0]["text"] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"[" * 5000, 400, "not JSON"),
+        (b"[]", 400, "JSON object"),
+        (b'{"prompt": "a", "width": "2/3"}', 400, "width '2/3'"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "must be a number"),
+        (b'{"prompt": "a", "model": "gpt"}', 404, "this server has"),
+        (b'"' + b"a" * 20_000 + b'"', 413, "larger than 10000"),
+    ],
+)
+def test_bad_input_is_refused_in_openais_words(client: TestClient, body: bytes, status: int, message: str) -> None:
+    answer = client.post("/v1/completions", content=body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_models_lists_every_width_with_its_memory(client: TestClient, shared: Served) -> None:
+    entries = client.get("/v1/models").json()["data"]
+    assert [entry["id"] for entry in entries] == ["tiny:1", "tiny:1/2", "tiny:1/8"]
+    memory = [entry["matmamba"]["weight_bytes"] for entry in entries]
+    assert memory == sorted(memory, reverse=True)
+    assert client.get("/health").json() == {"status": "ok", "waiting": 0}
+
+
+def test_a_full_line_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request holds the model, one waits, and the third is told at once."""
+    from modeling import request_queue
+
+    gate, entered = threading.Event(), threading.Event()
+    real = request_queue.generate
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        entered.set()
+        assert gate.wait(20)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(request_queue, "generate", gated)
+    with TestClient(build_app(served(max_waiting=1))) as client:
+        answers: list[int] = []
+
+        def post() -> None:
+            answers.append(client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code)
+
+        threads = [threading.Thread(target=post) for _ in range(2)]
+        threads[0].start()
+        assert entered.wait(20)
+        threads[1].start()
+        deadline = time.monotonic() + 20
+        while client.get("/health").json()["waiting"] < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        refused = client.post("/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 429
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        gate.set()
+        for thread in threads:
+            thread.join(timeout=20)
+        assert answers == [200, 200]
+
+
+def test_the_page_generates_side_by_side(shared: Served) -> None:
+    """A real browser, a real server: the slider names widths, three panels fill with their widths' texts."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser_path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("no chromium on PATH")
+    import uvicorn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = served()
+    server = uvicorn.Server(uvicorn.Config(build_app(own), host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+            page = browser.new_page()
+            complaints: list[str] = []
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+            page.goto(f"http://127.0.0.1:{port}/")
+            playwright.expect(page.locator("#width-name")).to_have_text("1")
+            page.locator("#width").fill("0")
+            playwright.expect(page.locator("#width-name")).to_have_text("1/8")
+            page.fill("#prompt", "<b>The")
+            page.fill("#tokens", "12")
+            page.fill("#temperature", "0")
+            page.check("#side")
+            page.click("#go")
+            notes = page.locator("article p")
+            playwright.expect(notes).to_have_count(3, timeout=20_000)
+            for i in range(3):
+                playwright.expect(notes.nth(i)).to_contain_text("tokens/s", timeout=20_000)
+            for width, n_heads in (("1", 8), ("1/2", 4), ("1/8", 1)):
+                shown = page.locator(f'article[data-width="{width}"] pre').text_content()
+                assert shown == "<b>The" + expected(own, "<b>The", n_heads)
+            assert complaints == []
+            page.fill("#mix", "1/3")
+            page.uncheck("#side")
+            page.click("#go")
+            playwright.expect(page.locator("#problem")).to_contain_text("width '1/3'", timeout=20_000)
+            browser.close()
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
