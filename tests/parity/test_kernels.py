@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, initial_values
@@ -120,7 +121,9 @@ def results(mixer: Mixer, run: str, x_btd: Tensor, n_heads: int, seq_idx_bt: Ten
     x_btd = x_btd.detach().to(mixer.dtype).requires_grad_()
     poison()
     args = (x_btd, n_heads, seq_idx_bt)
-    out_btd = mixer._fused(*args) if run == "fused" else mixer._plain(*args, None)
+    call = {"fused": mixer._fused, "plain": lambda *a: mixer._plain(*a, None)}[run.removeprefix("block ")]
+    # "block": the whole mixer recomputed by torch, as with activation_checkpointing=block.
+    out_btd = checkpoint(call, *args, use_reentrant=False) if run.startswith("block ") else call(*args)
     weight = torch.randn(out_btd.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     (out_btd.float() * weight).sum().backward()
     gradients = {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None}
@@ -167,9 +170,10 @@ def test_recomputing_inside_the_mixer_changes_no_bit(case: Case) -> None:
     for run in ("fused", "plain"):
         mixer.recompute = False
         expected = results(mixer, run, x_btd, case.width * case.ranks, seq_idx_bt)
-        mixer.recompute = True
-        actual = results(mixer, run, x_btd, case.width * case.ranks, seq_idx_bt)
-        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        for recompute, how in ((True, run), (False, f"block {run}")):
+            mixer.recompute = recompute
+            actual = results(mixer, how, x_btd, case.width * case.ranks, seq_idx_bt)
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
