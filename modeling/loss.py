@@ -68,7 +68,10 @@ def cross_entropy_sum(logits_mv: Tensor, local_targets_m: Tensor, tp: TensorPara
     """
     mine_m = (local_targets_m >= 0) & (local_targets_m < logits_mv.shape[1])
     picked_m = logits_mv.gather(1, torch.where(mine_m, local_targets_m, 0)[:, None])[:, 0] * mine_m
-    return (_log_sum_exp(logits_mv, tp)[:, 0] - tp.sum(picked_m)).sum()
+    peak_m = tp.maximum(logits_mv.amax(-1))
+    # Every rank takes the same loss from the sums, so their gradients are complete on each: `sum`, not `total`.
+    sum_m, picked_m = tp.sum(torch.stack([torch.exp(logits_mv - peak_m[:, None]).sum(-1), picked_m])).unbind()
+    return (peak_m + torch.log(sum_m) - picked_m).sum()
 
 
 def distillation_sum(student_mv: Tensor, teacher_mv: Tensor, temperature: float, tp: TensorParallel) -> Tensor:

@@ -1,11 +1,12 @@
 """Memory and time of a training step on one GPU, for every LM size and way of recomputing; what the layout machinery costs.
 
-    python tests/perf/layout.py -o record.json [--sizes 130m 370m 790m 1b4] [--micro-batch N]
+    python -m tests.perf.layout -o record.json [--sizes 130m 370m 790m 1b4] [--modes none selective block] [--micro-batch N]
 
-For each size and mode: the peak of torch's allocator over two whole steps (DeepSpeed's update included) beside the estimate
-that `--dry-run` prints, and the median time of a micro-batch of all widths. For each size without recomputation also two
-ratios in the same run: tensor parallelism of one rank against a model without its calls, and a step through DeepSpeed
-against plain torch's AdamW on the bare model.
+For each size and mode: the peak of torch's allocator in the passes and in DeepSpeed's update, beside the estimate that
+`--dry-run` prints, and the median time of a micro-batch of all widths. For each size without recomputation also two ratios
+in the same run: tensor parallelism of one rank against a model without its calls, each at its best of many turns (where the
+GPU waits for the host, medians differ by more than the calls cost); and a step through DeepSpeed against plain torch's
+AdamW on the bare model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,8 +58,10 @@ def micro_batch(model: Any, head: LanguageModel, ids: Tensor, backward: Callable
         backward(loss.total / len(widths), i == len(widths) - 1)
 
 
-def timed(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each work; the works take turns, so that a drifting clock touches all alike."""
+def timed(
+    works: dict[str, Callable[[], None]], rounds: int, choose: Callable[[list[float]], float] = statistics.median
+) -> dict[str, float]:
+    """Seconds of each work; the works take turns, so that a drifting clock touches all alike."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -66,7 +70,7 @@ def timed(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]
             work()
             torch.cuda.synchronize()
             taken[name].append(time.perf_counter() - start)
-    return {name: sorted(values)[len(values) // 2] for name, values in taken.items()}
+    return {name: choose(values) for name, values in taken.items()}
 
 
 def free() -> None:
@@ -83,16 +87,25 @@ def measure_mode(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         micro_batch(engine, model, ids, lambda loss, last: engine.backward(loss, last=last))
         engine.step(1e-4)
 
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    step()
-    peak = torch.cuda.max_memory_allocated()
+    peaks = {"passes": 0, "update": 0}
+
+    def note(phase: str) -> None:
+        peaks[phase] = max(peaks[phase], torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        micro_batch(engine, model, ids, lambda loss, last: engine.backward(loss, last=last))
+        note("passes")
+        engine.step(1e-4)
+        note("update")
+    peak = max(peaks.values())
     seconds = timed({"step": step}, 7)["step"]
     guess = estimate(cfg, world_size=1)
     return {
         "peak_gib": peak / GIB,
+        "passes_gib": peaks["passes"] / GIB,
+        "update_gib": peaks["update"] / GIB,
         "estimate_gib": guess.total / GIB,
         "estimate_over_peak": guess.total / peak,
         "step_s": seconds,
@@ -118,7 +131,7 @@ def measure_tp1(cfg: RunConfig, ranks: Ranks, ids: torch.Tensor) -> float:
             setattr(TensorParallel, name, method)
 
     pass_with()
-    taken = timed({"with": pass_with, "without": pass_without}, 11)
+    taken = timed({"with": pass_with, "without": pass_without}, 15, min)
     return taken["without"] / taken["with"]
 
 
@@ -149,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["130m", "370m", "790m", "1b4"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[])
     args = parser.parse_args()
     ranks = init_ranks(1)
@@ -157,9 +171,9 @@ def main() -> None:
         cfg = load_config(f"configs/lm_{size}.yaml", ["run_dir=unused", "data.path=unused"])
         if args.micro_batch:
             cfg = replace(cfg, data=replace(cfg.data, micro_batch=args.micro_batch[place]))
-        ratios = measure_ratios(cfg, ranks)
+        ratios = measure_ratios(cfg, ranks) if "none" in args.modes else {}
         free()
-        for mode in MODES:
+        for mode in args.modes:
             moded = replace(cfg, parallel=replace(cfg.parallel, activation_checkpointing=mode))
             row = {"model": size, "micro_batch": cfg.data.micro_batch, "mode": mode, **measure_mode(moded, ranks)}
             free()
@@ -167,9 +181,9 @@ def main() -> None:
                 row |= {**ratios, "deepspeed_ratio": ratios["plain_torch_step_s"] / row["step_s"]}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    about = {"commit": git_commit(), "device": device_name(ranks.device), "versions": versions()}
-    if args.output:
-        args.output.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n")
+            if args.output:
+                about = {"commit": git_commit(), "device": device_name(ranks.device), "versions": versions()}
+                args.output.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n")
     close_ranks()
 
 

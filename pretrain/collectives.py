@@ -1,0 +1,109 @@
+"""Which collectives a step makes on one rank, how many and how large, from the config alone. Pure integers.
+
+Letters: m tokens of a micro-batch, d model, n state, k conv taps. A pass is the forward and backward of one width over one
+micro-batch: between ranks every width costs the same, since what crosses is d wide. Votes of a few bytes between hosts (stop,
+save, a bad loss) are not listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modeling.flops import local_parameters
+from modeling.loss import TOKENS_PER_PIECE
+from pretrain.config import RunConfig
+
+FLOAT = 4
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's reduce_bucket_size, which nothing here changes: gradients are reduced in buckets of this many."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective of a rank's step."""
+
+    what: str
+    """What is sent, for people."""
+    operation: str
+    """all-reduce, all-gather or reduce-scatter."""
+    over: str
+    """tp or dp: the ranks that take part."""
+    per_pass: int
+    """Calls in one pass; 0 where it is made once a step."""
+    per_step: int
+    """Calls in a step."""
+    n_bytes: int
+    """Of each: the whole tensor's, before a reduce-scatter and after an all-gather."""
+
+    @property
+    def bytes_per_step(self) -> int:
+        """All calls of a step together."""
+        return self.per_step * self.n_bytes
+
+
+def passes_per_step(cfg: RunConfig, world_size: int) -> int:
+    """Widths that train in a step times its micro-batches on a rank."""
+    widths = 3 if cfg.nesting.rule == "sandwich" else len(cfg.model.widths)
+    return widths * cfg.grad_accum_steps(world_size)
+
+
+def collectives(cfg: RunConfig, world_size: int, *, compute_bytes: int = 2) -> list[Collective]:
+    """Every collective of a step, none where a group has one rank; activations are `compute_bytes` wide.
+
+    Blocks that are done again in backward repeat what they receive and the norm's sum, not the sum of their outputs, which
+    torch stops short of. Raises ConfigError where the layout does not fit the run.
+    """
+    tp, dp = cfg.parallel.tensor, cfg.data_parallel(world_size)
+    found = _over_tp(cfg, world_size, compute_bytes) if tp > 1 else []
+    return found + (_over_dp(cfg, world_size, tp) if dp > 1 else [])
+
+
+def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collective]:
+    model, passes = cfg.model, passes_per_step(cfg, world_size)
+    tokens, layers, d = cfg.data.micro_batch * cfg.data.seq_len, model.n_layers, model.d_model
+    activation = tokens * d * compute_bytes
+    again = 2 if cfg.parallel.activation_checkpointing == "block" else 1
+    bc = 2 * model.d_state
+
+    def of_a_pass(what: str, operation: str, count: int, n_bytes: int) -> Collective:
+        return Collective(what, operation, "tp", count, count * passes, n_bytes)
+
+    if cfg.parallel.sequence:
+        rows = [
+            of_a_pass("embedded tokens, split", "reduce-scatter", 1, tokens * d * FLOAT),
+            of_a_pass("their gradient", "all-gather", 1, tokens * d * FLOAT),
+            of_a_pass("inputs of mixers, head", "all-gather", again * layers + 1, activation),
+            of_a_pass("their gradients", "reduce-scatter", layers + 1, activation),
+            of_a_pass("outputs of mixers", "reduce-scatter", layers, activation),
+            of_a_pass("their gradients", "all-gather", layers, activation),
+            of_a_pass("gradients of norms", "all-reduce", layers + 1, d * FLOAT),
+        ]
+    else:
+        rows = [
+            of_a_pass("embedded tokens", "all-reduce", 1, tokens * d * FLOAT),
+            of_a_pass("outputs of mixers", "all-reduce", layers, activation),
+            of_a_pass("gradients of inputs of mixers, head", "all-reduce", layers + 1, activation),
+        ]
+    rows += [
+        of_a_pass("gated norm, forward and backward", "all-reduce", (again + 1) * layers, tokens * FLOAT),
+        of_a_pass("gradient of B/C projections", "all-reduce", layers, bc * d * FLOAT),
+        of_a_pass("gradient of B/C taps", "all-reduce", layers, bc * model.d_conv * FLOAT),
+        of_a_pass("gradient of B/C taps' bias", "all-reduce", layers, bc * FLOAT),
+    ]
+    for size in sorted({min(TOKENS_PER_PIECE, tokens), tokens % TOKENS_PER_PIECE or TOKENS_PER_PIECE}):
+        pieces = sum(min(TOKENS_PER_PIECE, tokens - at) == size for at in range(0, tokens, TOKENS_PER_PIECE))
+        if pieces:
+            rows.append(of_a_pass("largest logits", "all-reduce", pieces, size * FLOAT))
+            rows.append(of_a_pass("sums and targets' logits", "all-reduce", pieces, 2 * size * FLOAT))
+    return rows
+
+
+def _over_dp(cfg: RunConfig, world_size: int, tp: int) -> list[Collective]:
+    parameters = local_parameters(cfg.model, tp)
+    buckets = -(-parameters // BUCKET_ELEMENTS)
+    # Stage 2 keeps a shard of the gradients alone, so that each backward has to reduce its own.
+    times = passes_per_step(cfg, world_size) if cfg.parallel.zero_stage > 1 else 1
+    per_pass = buckets if times > 1 else 0
+    reduced = Collective("gradients", "all-reduce", "dp", per_pass, buckets * times, parameters * FLOAT // buckets)
+    gathered = Collective("updated parameters", "all-gather", "dp", 0, buckets, parameters * FLOAT // buckets)
+    return [reduced, gathered]

@@ -1,0 +1,92 @@
+"""The list of collectives that --dry-run prints, against the calls that real ranks make."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling.language import LanguageModel
+from pretrain.collectives import collectives
+from pretrain.config import RunConfig
+from pretrain.data import Batch
+from pretrain.distributed import Ranks, init_ranks
+from pretrain.engine import Engine
+from pretrain.objective import step_widths, width_losses
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_layouts import small_run
+
+OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+Calls = Counter[tuple[str, str, int]]
+"""Operation, group and bytes of the whole tensor, and how often."""
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what torch.distributed is really asked for, below our code, megatron-core's and DeepSpeed's."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self.calls: Calls = Counter()
+        self.groups = {ranks.tp.group.group_name: "tp", ranks.dp_group.group_name: "dp"}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            group = next(dist.ProcessGroup.unbox(a) for a in args if "ProcessGroup" in str(getattr(a, "_type", str)()))
+            tensors = [x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, torch.Tensor)]
+            whole = max(x.numel() * x.element_size() for x in tensors)
+            key = (OPERATIONS[func.__name__.partition(".")[0]], self.groups[group.group_name], whole)
+            self.calls[key] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(cfg: RunConfig) -> Calls:
+    ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
+    model = LanguageModel(cfg.model, tp=ranks.tp, recompute=cfg.parallel.activation_checkpointing)
+    model.init_weights(cfg.seed)
+    engine = Engine(model, cfg, ranks)
+    widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, 0)
+    accumulation = cfg.grad_accum_steps(ranks.world_size)
+    with Recorder(ranks) as recorder:
+        for micro in range(accumulation):
+            ids = torch.randint(0, 100, (cfg.data.micro_batch, cfg.data.seq_len + 1))
+            batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+            for i, (_, loss) in enumerate(width_losses(engine, [batch], widths, cfg)):
+                engine.backward(loss.total, last=micro == accumulation - 1 and i == len(widths) - 1)
+        engine.step(1e-3)
+    return recorder.calls
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {"tensor": 2}),
+        (4, {"tensor": 4, "sequence": True}),
+        (2, {"tensor": 2, "activation_checkpointing": "block"}),
+        (2, {"tensor": 2, "sequence": True, "activation_checkpointing": "block"}),
+        (4, {"tensor": 2, "zero_stage": 1}),
+        (4, {"tensor": 2, "zero_stage": 2}),
+        (2, {"zero_stage": 2}),
+    ],
+    ids=str,
+)
+def test_the_listed_collectives_are_those_that_are_made(world_size: int, parallel: dict[str, Any]) -> None:
+    # mix_rate 1: the narrower width runs as a mix in every step, and must cost the same.
+    cfg = small_run(parallel=parallel, nesting={"mix_rate": 1.0})
+    listed: Calls = Counter()
+    for row in collectives(cfg, world_size, compute_bytes=4):
+        listed[row.operation, row.over, row.n_bytes] += row.per_step
+    for made in run_ranks(world_size, calls_of_a_step, cfg):
+        over_tp = {key: n for key, n in made.items() if key[1] == "tp" and key[2] > 4}
+        assert over_tp == {key: n for key, n in listed.items() if key[1] == "tp"}
+        if world_size == cfg.parallel.tensor:
+            continue  # DeepSpeed calls collectives over a group of one rank too: nothing is sent
+        reduced = {key: n for key, n in made.items() if key[:2] == ("all-reduce", "dp") and key[2] > 4}
+        assert reduced == {key: n for key, n in listed.items() if key[:2] == ("all-reduce", "dp")}
+        # One all-gather for each of the two parameter groups, each filled up to a multiple of what ZeRO aligns to.
+        gathered = sum(key[2] * n for key, n in made.items() if key[:2] == ("all-gather", "dp"))
+        expected = sum(key[2] * n for key, n in listed.items() if key[:2] == ("all-gather", "dp"))
+        assert expected <= gathered <= expected + 2 * 4 * world_size * 4
