@@ -77,11 +77,3 @@ def forward_flops_per_token(cfg: LanguageConfig, widths: LayerWidths) -> int:
 def training_flops_per_token(cfg: LanguageConfig, widths: LayerWidths) -> int:
     """Forward and backward FLOPs a token of the submodel `widths`."""
     return 3 * forward_flops_per_token(cfg, widths)
-
-
-def training_state_bytes(cfg: LanguageConfig, *, tp: int, dp: int) -> int:
-    """Bytes a rank holds between steps: float32 parameters and gradients, and its share of the optimizer's state.
-
-    ZeRO shards the master copy and the two moments over dp; gradients are whole on each rank while they accumulate.
-    """
-    return local_parameters(cfg, tp) * 8 + -(-local_parameters(cfg, tp) // dp) * 12

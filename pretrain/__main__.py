@@ -1,6 +1,6 @@
 """`python -m pretrain CONFIG [section.field=value ...]`: train; with --dry-run, say what would run.
 
-`python -m pretrain status FOLDER` says where the runs in a folder stand.
+With --plan, rank the layouts for a cluster. `python -m pretrain status FOLDER` says where the runs in a folder stand.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optim.lr=3e-4")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, bytes and steps; train nothing")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run assumes")
+    parser.add_argument(
+        "--plan", action="store_true", help="rank the layouts that fit so many GPUs by estimated step time"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="nodes that --plan assumes")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each of them")
+    parser.add_argument("--gpu", default="H200", help="their kind: H200, H100, A100, B200")
+    parser.add_argument("--nvlink-gb-s", type=float, default=400.0, help="GB/s one way, a GPU, inside a node")
+    parser.add_argument("--network-gb-s", type=float, default=45.0, help="GB/s one way, a GPU, between nodes")
     parser.add_argument("--doctor", action="store_true", help="print versions and devices, and what is missing")
     args = parser.parse_intermixed_args(argv)  # overrides may follow options
     if args.doctor:
@@ -35,10 +43,22 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("name a config file, e.g. configs/lm_130m.yaml")
     try:
         cfg = load_config(args.config, args.overrides)
-        if args.dry_run:
-            from pretrain.dry_run import print_plan
+        if args.plan:
+            from pretrain.plan import Cluster, print_plan
 
-            print_plan(cfg, args.world_size)
+            cluster = Cluster(
+                nodes=args.nodes,
+                gpus_per_node=args.gpus_per_node,
+                gpu=args.gpu,
+                nvlink_gb_s=args.nvlink_gb_s,
+                network_gb_s=args.network_gb_s,
+            )
+            print_plan(cfg, cluster)
+            return 0
+        if args.dry_run:
+            from pretrain.dry_run import print_dry_run
+
+            print_dry_run(cfg, args.world_size)
             return 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

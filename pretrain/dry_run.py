@@ -11,18 +11,20 @@ from modeling.flops import (
     language_parameters,
     local_parameters,
     training_flops_per_token,
-    training_state_bytes,
 )
 from modeling.language import LanguageModel
 from modeling.nesting import width_name
 from modeling.tensor_parallel import TensorParallel
+from pretrain.collectives import collectives
 from pretrain.config import RunConfig
+from pretrain.memory import estimate
 
 GIB = 2**30
+LOG_WIDTH = 150
 
 
-def print_plan(cfg: RunConfig, world_size: int) -> None:
-    """Print the plan for `world_size` ranks. Raises ConfigError where the layout does not fit the run.
+def print_dry_run(cfg: RunConfig, world_size: int) -> None:
+    """Print what the run is on `world_size` ranks. Raises ConfigError where the layout does not fit the run.
 
     One rank's model is built on the meta device, so that a shape that cannot be is found here and not on the cluster.
     """
@@ -35,7 +37,7 @@ def print_plan(cfg: RunConfig, world_size: int) -> None:
         f"flops.py counts {local_parameters(cfg.model, tp)}, model has {built}"
     )
 
-    console = Console()
+    console = plain_console()
     console.print(_width_table(cfg))
     per_pass = cfg.data.micro_batch * cfg.data.seq_len
     tokens = cfg.optim.steps * cfg.data.tokens_per_step
@@ -43,8 +45,6 @@ def print_plan(cfg: RunConfig, world_size: int) -> None:
     rows = {
         "layout": f"{world_size} ranks = tp {tp} x dp {dp}, ZeRO stage {cfg.parallel.zero_stage}",
         "parameters a rank": f"{built:,}",
-        "state a rank": f"{training_state_bytes(cfg.model, tp=tp, dp=dp) / GIB:.2f} GiB between steps: float32 parameters, "
-        f"gradients, and master copy and moments over dp {dp}; activations come on top",
         "steps": f"{cfg.optim.steps:,} of {cfg.data.tokens_per_step:,} tokens = {tokens / 1e9:,.2f}B tokens",
         "a step on a rank": f"{accumulation} micro-batches of {cfg.data.micro_batch} x {cfg.data.seq_len} tokens "
         f"({per_pass:,}), {len(cfg.model.widths)} widths each, gradients reduced once",
@@ -56,6 +56,14 @@ def print_plan(cfg: RunConfig, world_size: int) -> None:
     for name, value in rows.items():
         grid.add_row(f"[bold]{name}[/]", value)
     console.print(grid)
+    console.print(_memory_table(cfg, world_size))
+    console.print(_collectives_table(cfg, world_size))
+
+
+def plain_console() -> Console:
+    """A terminal as wide as it is; a log or a pipe wide enough for whole tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def _width_table(cfg: RunConfig) -> Table:
@@ -82,5 +90,51 @@ def _width_table(cfg: RunConfig) -> Table:
             f"{parameters.blocks:,}",
             f"{forward_flops_per_token(cfg.model, widths) / 1e6:,.0f}",
             f"{parameters.total * 2 / 2**20:,.0f}",
+        )
+    return table
+
+
+def _memory_table(cfg: RunConfig, world_size: int) -> Table:
+    memory = estimate(cfg, world_size)
+    parallel = cfg.parallel
+    table = Table(
+        title=f"GPU memory of a rank at its peak, GiB (bf16, recompute {parallel.activation_checkpointing}, ZeRO "
+        f"{parallel.zero_stage}; CUDA, NCCL and fragmentation take 1 to 3 more)"
+    )
+    parts = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer,
+        "activations": memory.activations,
+        "transient": memory.transient,
+        "total": memory.total,
+    }
+    for name in parts:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{n_bytes / GIB:.2f}" for n_bytes in parts.values()))
+    return table
+
+
+def _collectives_table(cfg: RunConfig, world_size: int) -> Table | str:
+    listed = collectives(cfg, world_size)
+    if not listed:
+        return "collectives: none, one rank"
+    n_widths = len(cfg.model.widths)
+    table = Table(
+        title=f"Collectives of a rank (a pass: one of {n_widths} widths, which all cost the same, over a micro-batch)"
+    )
+    for column in ("over", "what", "operation"):
+        table.add_column(column)
+    for column in ("calls a pass", "calls a step", "MiB each", "GiB a step"):
+        table.add_column(column, justify="right")
+    for row in listed:
+        table.add_row(
+            row.over,
+            row.what,
+            row.operation,
+            str(row.per_pass or "-"),
+            f"{row.per_step:,}",
+            f"{row.n_bytes / 2**20:,.3f}",
+            f"{row.bytes_per_step / GIB:,.2f}",
         )
     return table

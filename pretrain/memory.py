@@ -85,7 +85,7 @@ class _Layer:
         mixed = tokens * (inner + bc) * BF16
         channels = tokens * inner * BF16
         states = tokens // SCAN_CHUNK * inner * cfg.d_state * BF16
-        steps = 2 * tokens * heads * FLOAT
+        steps = 3 * tokens * heads * FLOAT
         weights = (2 * inner + bc + heads + inner) * d * BF16
         inputs = between * d * (FLOAT + BF16)
         normed = tokens * d * BF16

@@ -1,12 +1,14 @@
 """Time, bytes, FLOPs and distance to its floor of each kernel of a joint training step, on one GPU.
 
-    python -m tests.perf.kernels 130m 1b4 [--layers 4] [--out docs/benchmarks/kernels_h200.json]
+    python -m tests.perf.kernels 130m 1b4 [--layers 4] [--out RECORD.json]
     python -m tests.perf.kernels 130m 1b4 --sweep
+    python -m tests.perf.kernels --plot PICTURE.png --out RECORD.json
 
 Runs the forward and backward passes of all four widths through a few layers of the paper's model at its micro-batch under
 torch's profiler. A kernel's floor is the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it
 must do over the measured rate of an 8192-cubed bfloat16 product: every tensor read or written once, matrix work under the
-causal mask counted by half. `--sweep` times the scan's kernels at other launch settings than `tiles.LAUNCH`.
+causal mask counted by half. `--sweep` times the scan's kernels at other launch settings than `tiles.LAUNCH`; `--plot` draws a record, without a
+GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,6 +33,9 @@ from modeling.loss import next_token_loss
 from modeling.ops.kernels import tiles
 from pretrain.provenance import git_commit
 from tests.perf.compare_reference import LEVELS, SEQUENCE, SIZES, VOCAB, config_of, matmul_rate, seconds
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 Needs = tuple[float, float]
 """Bytes and FLOPs."""
@@ -193,6 +199,35 @@ def sweep(name: str) -> None:
             print(f"{name} {kernel} {choices[index]}: {min(t['_' + kernel] for t in times) * 1e3:.3f} ms", flush=True)
 
 
+def draw(record: dict[str, Any], picture: Path) -> None:
+    """Time beside the floor of every kernel of each model, and a roofline of those that multiply matrices."""
+    models = list(dict.fromkeys(row["model"] for row in record["rows"]))
+    figure, axes = plt.subplots(1, len(models) + 1, figsize=(5 * len(models) + 6, 5), constrained_layout=True)
+    for axis, model in zip(axes, models, strict=False):
+        rows = [
+            row for row in record["rows"] if row["model"] == model and row["floor_ms"] and row["kernel"] != "products"
+        ]
+        names = [row["kernel"].strip("_").replace("_", " ") for row in rows]
+        axis.barh(names, [row["ms"] for row in rows], color="tab:blue", label="measured")
+        axis.barh(names, [row["floor_ms"] for row in rows], color="tab:orange", height=0.4, label="floor")
+        axis.invert_yaxis()
+        axis.set(title=f"{model}: four layers and the head", xlabel="ms of a joint step")
+        axis.legend()
+    roof = axes[-1]
+    intensity = [2**i for i in range(3, 11)]
+    peak, bandwidth = record["product_flop_s"], record["copy_bytes_s"]
+    roof.plot(intensity, [min(peak, bandwidth * x) / 1e12 for x in intensity], "k-", label="roof: copy, product")
+    for model, marker in zip(models, "os^v", strict=False):
+        rows = [row for row in record["rows"] if row["model"] == model and row["tflop"] and row["gb"]]
+        for color, row in enumerate(rows):
+            name = row["kernel"].strip("_").replace("_", " ")
+            x, y = row["tflop"] * 1e3 / row["gb"], row["tflop"] / row["ms"] * 1e3
+            roof.plot(x, y, marker, color=f"C{color}", label=f"{model} {name}")
+    roof.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s", title="the scan's kernels")
+    roof.legend(fontsize=7)
+    figure.savefig(picture, dpi=100)
+
+
 def copy_bandwidth() -> float:
     """Bytes read and written a second by a large copy."""
     a = torch.empty(2**31, dtype=torch.uint8, device="cuda")
@@ -202,12 +237,19 @@ def copy_bandwidth() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", choices=SIZES)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(SIZES))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.plot is not None:
+        draw(json.loads(args.out.read_text()), args.plot)
+        return
+    unknown = set(args.models) - set(SIZES)
+    if unknown or not args.models:
+        parser.error(f"name models of {', '.join(SIZES)}" + (f", not {', '.join(unknown)}" if unknown else ""))
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU: this benchmark needs one")
     if args.sweep:

@@ -28,8 +28,8 @@ def test_two_heads_of_the_tiny_model_by_hand() -> None:
     assert flops.scan_flops(TINY, 2) == 48 + 64 + 48
     assert flops.forward_flops_per_token(TINY, (2,)) == 160 + 160 + 2 * 512
     assert flops.training_flops_per_token(TINY, (2,)) == 3 * 1344
-    # tp=2 holds two heads and half of the embedding, 384 parameters, and a quarter of their optimizer state.
-    assert flops.training_state_bytes(TINY, tp=2, dp=4) == 384 * 8 + 96 * 12
+    # tp=2 holds two heads and half of the embedding.
+    assert flops.local_parameters(TINY, 2) == 384
 
 
 @pytest.mark.parametrize("cfg", [TINY, LM_1B4], ids=["tiny", "1.4B"])

@@ -1,0 +1,247 @@
+"""`--plan`: which layout of a run on so many GPUs is fastest, estimated from measured kernel rates and stated link speeds.
+
+A step's time on a rank is its arithmetic, its memory-bound kernels and the collectives that wait for each other, never less
+than what the host needs to launch it all. The rates were measured on one H200 (docs/benchmarks); another GPU's are scaled by
+its datasheet. No run on several GPUs has checked the link terms: the plan says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rich.table import Table
+
+from modeling import nesting
+from modeling.flops import local_parameters, training_flops_per_token
+from pretrain.collectives import collectives, passes_per_step
+from pretrain.config import ConfigError, RunConfig
+from pretrain.dry_run import plain_console
+from pretrain.hardware import GPU_PEAK_TFLOPS
+from pretrain.memory import Memory, estimate
+
+GIB = 2**30
+GPUS = {  # memory in GiB as torch sees it, bandwidth in TB/s: datasheets; peaks are hardware.GPU_PEAK_TFLOPS
+    "H200": (139.8, 4.8),
+    "H100": (79.1, 3.35),
+    "A100": (79.1, 2.04),
+    "B200": (178.4, 8.0),
+}
+MEASURED_ON = "H200"
+PRODUCT_FLOP_S = 690e12
+"""bf16 matrix products at the models' shapes: 680 at 130M, 750 at 1.4B."""
+CHANNEL_S, HEAD_S = 22e-12, 370e-12
+"""Scan, convolution and gated norm, forward and backward: seconds a channel and token are the first plus the second over
+headdim. 130M (24): 37e-12; 1.4B (64): 28e-12."""
+FORWARD_SHARE = 0.3
+"""Of that and of the norms, forward's, which recomputation does again."""
+RESIDUAL_S = 8e-12
+"""Residual addition and norm, a d_model channel and token and layer."""
+VOCABULARY_S = 1.5e-12
+"""Softmax statistics and gradient, a token and vocabulary row."""
+PARAMETER_S, OUTSIDE_S = 12e-12, 40e-12
+"""Casts and gradient sums a parameter and pass; embedding and loss a d_model channel and token."""
+UPDATE_S, UPDATE_HOST_S = 60e-12, 0.02
+"""DeepSpeed's step: a parameter (its copies of all, and AdamW of the shard, half and half), and in any case."""
+HOST_S = {"none": 3.4e-3, "selective": 3.8e-3, "block": 4.6e-3}
+"""What the host needs to launch one layer of one pass under DeepSpeed: more than the GPU takes for 370M and 790M."""
+RESERVED_GIB = 4.0
+"""CUDA context, NCCL's buffers, fragmentation."""
+LATENCY_S = 20e-6
+"""Of one collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What the plan is for."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: str
+    nvlink_gb_s: float
+    """One way, a GPU, inside a node."""
+    network_gb_s: float
+    """One way, a GPU, between nodes."""
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.gpus_per_node < 1:
+            raise ConfigError(f"--nodes {self.nodes} --gpus-per-node {self.gpus_per_node}: both must be at least 1")
+        if self.gpu not in GPUS:
+            raise ConfigError(f"--gpu {self.gpu}: known are {', '.join(GPUS)}")
+        if self.nvlink_gb_s <= 0 or self.network_gb_s <= 0:
+            raise ConfigError("--nvlink-gb-s and --network-gb-s must be positive")
+
+    @property
+    def world_size(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout that fits."""
+
+    cfg: RunConfig
+    memory: Memory
+    compute_s: float
+    """Matrix products and memory-bound kernels of a step."""
+    tp_s: float
+    dp_s: float
+    host_s: float
+
+    @property
+    def step_s(self) -> float:
+        """A step: no collective is hidden behind arithmetic today."""
+        return max(self.compute_s, self.host_s) + self.tp_s + self.dp_s
+
+
+def plan(cfg: RunConfig, cluster: Cluster) -> list[Plan]:
+    """Every layout of `cfg`'s step that fits the cluster, fastest first. Raises ConfigError where none does."""
+    room = (GPUS[cluster.gpu][0] - RESERVED_GIB) * GIB
+    memories = [(candidate, estimate(candidate, cluster.world_size)) for candidate in _layouts(cfg, cluster)]
+    if not memories:
+        raise ConfigError(
+            f"{cluster.world_size} GPUs: no tensor-parallel size in {nesting.allowed_tp(cfg.model.widths)} with any "
+            f"micro-batch divides a step of {cfg.data.sequences_per_step} sequences: change data.tokens_per_step"
+        )
+    fitting = [_timed(candidate, memory, cluster) for candidate, memory in memories if memory.total <= room]
+    if not fitting:
+        least = min(memory.total for _, memory in memories) / GIB
+        raise ConfigError(
+            f"no layout fits {cluster.gpu}'s {GPUS[cluster.gpu][0]:.0f} GiB less {RESERVED_GIB:.0f} reserved: the "
+            f"smallest needs {least:.0f} GiB. Use more GPUs a node, or a smaller model"
+        )
+    return sorted(fitting, key=lambda found: (found.step_s, found.memory.total))
+
+
+def _layouts(cfg: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
+    for tp in nesting.allowed_tp(cfg.model.widths):
+        dp, rest = divmod(cluster.world_size, tp)
+        per_rank, uneven = divmod(cfg.data.sequences_per_step, max(dp, 1))
+        if rest or uneven or tp > cluster.world_size:
+            continue
+        micro_batches = [2**i for i in range(per_rank.bit_length()) if per_rank % 2**i == 0]
+        for micro_batch in micro_batches:
+            for recompute in ("none", "selective", "block"):
+                for sequence in (False, True) if tp > 1 and cfg.data.seq_len % tp == 0 else (False,):
+                    for stage in (1, 2) if dp > 1 else (1,):
+                        parallel = replace(
+                            cfg.parallel,
+                            tensor=tp,
+                            sequence=sequence,
+                            zero_stage=stage,
+                            activation_checkpointing=recompute,
+                        )
+                        yield replace(cfg, parallel=parallel, data=replace(cfg.data, micro_batch=micro_batch))
+
+
+def _timed(cfg: RunConfig, memory: Memory, cluster: Cluster) -> Plan:
+    tp_s, dp_s = _link_seconds(cfg, cluster)
+    again = cfg.parallel.activation_checkpointing
+    return Plan(
+        cfg=cfg,
+        memory=memory,
+        compute_s=_compute_seconds(cfg, cluster),
+        tp_s=tp_s,
+        dp_s=dp_s,
+        host_s=cfg.model.n_layers * passes_per_step(cfg, cluster.world_size) * HOST_S[again],
+    )
+
+
+def _compute_seconds(cfg: RunConfig, cluster: Cluster) -> float:
+    model, tp = cfg.model, cfg.parallel.tensor
+    tokens = cfg.data.micro_batch * cfg.data.seq_len * cfg.grad_accum_steps(cluster.world_size)
+    between = tokens / tp if cfg.parallel.sequence else tokens
+    again = cfg.parallel.activation_checkpointing
+    widths = model.widths if cfg.nesting.rule == "all" else (model.widths[0], *model.widths[-2:])
+    products = bound = 0.0
+    for n_heads in widths:
+        whole = training_flops_per_token(model, model.layer_widths(n_heads))
+        head = 6 * model.n_vocab_rows * model.d_model
+        products += tokens / tp * (head + (whole - head) * (4 / 3 if again == "block" else 1))
+        channels = tokens / tp * n_heads * model.headdim * model.n_layers
+        scan = channels * (CHANNEL_S + HEAD_S / model.headdim)
+        bound += scan * (1 if again == "none" else 1 + FORWARD_SHARE)
+        residual = between * model.d_model * model.n_layers * RESIDUAL_S
+        bound += residual * (1 + FORWARD_SHARE if again == "block" else 1)
+        bound += tokens / tp * model.n_vocab_rows * VOCABULARY_S + tokens * model.d_model * OUTSIDE_S
+    passes = passes_per_step(cfg, cluster.world_size)
+    parameters = local_parameters(model, tp)
+    bound += passes * parameters * PARAMETER_S
+    bound += parameters * UPDATE_S * (0.5 + 0.5 / cfg.data_parallel(cluster.world_size))
+    faster = GPU_PEAK_TFLOPS[cluster.gpu] / GPU_PEAK_TFLOPS[MEASURED_ON]
+    wider = GPUS[cluster.gpu][1] / GPUS[MEASURED_ON][1]
+    return products / (PRODUCT_FLOP_S * faster) + bound / wider + UPDATE_HOST_S
+
+
+def _link_seconds(cfg: RunConfig, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of a step's collectives over tp and over dp: rings, over the slowest link that they cross."""
+    tp, world_size = cfg.parallel.tensor, cluster.world_size
+    sizes = {"tp": tp, "dp": cfg.data_parallel(world_size)}
+    spans = {"tp": tp > cluster.gpus_per_node, "dp": world_size > cluster.gpus_per_node}
+    seconds = {"tp": 0.0, "dp": 0.0}
+    for row in collectives(cfg, world_size):
+        n = sizes[row.over]
+        gb_s = cluster.network_gb_s if spans[row.over] else cluster.nvlink_gb_s
+        rounds = 2 if row.operation == "all-reduce" else 1
+        seconds[row.over] += row.per_step * LATENCY_S + rounds * (n - 1) / n * row.bytes_per_step / (gb_s * 1e9)
+    return seconds["tp"], seconds["dp"]
+
+
+def print_plan(cfg: RunConfig, cluster: Cluster, *, shown: int = 12) -> None:
+    """Print the fastest layouts and what they rest on. Raises ConfigError where none fits."""
+    plans = plan(cfg, cluster)
+    table = Table(
+        title=f"{cfg.run_dir} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}: {len(plans)} layouts fit"
+    )
+    for column in (
+        "tp",
+        "dp",
+        "micro-batch",
+        "accumulate",
+        "recompute",
+        "ZeRO",
+        "sequence",
+        "GiB",
+        "step s",
+        "tokens/s",
+    ):
+        table.add_column(column, justify="right")
+    for column in ("compute", "tp links", "dp links"):
+        table.add_column(f"{column} %", justify="right")
+    for found in plans[:shown]:
+        parallel, step = found.cfg.parallel, found.step_s
+        table.add_row(
+            str(parallel.tensor),
+            str(found.cfg.data_parallel(cluster.world_size)),
+            str(found.cfg.data.micro_batch),
+            str(found.cfg.grad_accum_steps(cluster.world_size)),
+            parallel.activation_checkpointing,
+            str(parallel.zero_stage),
+            "yes" if parallel.sequence else "no",
+            f"{found.memory.total / GIB:.0f}",
+            f"{step:.3f}",
+            f"{found.cfg.data.tokens_per_step / step:,.0f}",
+            f"{max(found.compute_s, found.host_s) / step:.0%}" + (" host" if found.host_s > found.compute_s else ""),
+            f"{found.tp_s / step:.0%}",
+            f"{found.dp_s / step:.0%}",
+        )
+    console = plain_console()
+    console.print(table)
+    best = plans[0].cfg
+    days = cfg.optim.steps * plans[0].step_s / 86400
+    console.print(
+        f"fastest: parallel.tensor={best.parallel.tensor} data.micro_batch={best.data.micro_batch} "
+        f"parallel.activation_checkpointing={best.parallel.activation_checkpointing} "
+        f"parallel.zero_stage={best.parallel.zero_stage} parallel.sequence={str(best.parallel.sequence).lower()}; "
+        f"{cfg.optim.steps:,} steps take {days:.1f} days of {cluster.world_size} GPUs"
+    )
+    scaled = "" if cluster.gpu == MEASURED_ON else f", scaled to {cluster.gpu} by datasheets"
+    console.print(
+        f"assumed: {MEASURED_ON} rates measured on one GPU{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s, "
+        f"{HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
+        f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
+        f"{LATENCY_S * 1e6:.0f} us a collective, none hidden behind arithmetic; {RESERVED_GIB:.0f} GiB reserved. "
+        "The link terms have not been checked on several GPUs",
+        soft_wrap=True,
+    )
