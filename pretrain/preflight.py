@@ -41,6 +41,7 @@ def preflight(cfg: RunConfig, ranks: Ranks) -> None:
     start = time.monotonic()
     ranks.attempt(lambda: _check_node(cfg, ranks.device, with_disk=ranks.is_main), (PreflightError,))
     nodes = sorted(set(ranks.gather_objects(socket.gethostname())))
+    ranks.attempt(lambda: _check_links(ranks), (PreflightError,))
     bandwidth = _all_reduce_gb_s(ranks)
     if bandwidth is not None:
         slowest = min(ranks.gather_objects((bandwidth, socket.gethostname())))
@@ -103,12 +104,19 @@ def _check_disk(cfg: RunConfig) -> None:
         )
 
 
-def _all_reduce_gb_s(ranks: Ranks) -> float | None:
-    """Bus bandwidth of an all-reduce over all GPUs, GB/s; on a CPU, or alone, only whether all ranks answer: None."""
+def _check_links(ranks: Ranks) -> None:
+    """Raise PreflightError with the node's name where a sum over all ranks arrives wrong there. All ranks must call."""
     one = torch.ones((), device=ranks.device)
     dist.all_reduce(one)
     if one.item() != ranks.world_size:
-        raise PreflightError(f"an all-reduce of ones over {ranks.world_size} ranks gave {one.item()}")
+        raise PreflightError(
+            f"on node {socket.gethostname()}: an all-reduce of ones over {ranks.world_size} ranks gave {one.item()}: "
+            "take the node out of use"
+        )
+
+
+def _all_reduce_gb_s(ranks: Ranks) -> float | None:
+    """Bus bandwidth of an all-reduce over all GPUs, GB/s; None on a CPU, or alone. All ranks must call."""
     if ranks.device.type != "cuda" or ranks.world_size == 1:
         return None
     message = torch.zeros(MESSAGE_BYTES // 4, device=ranks.device)

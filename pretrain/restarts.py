@@ -1,6 +1,7 @@
 """What a batch script asks around a run: may it start, and should it be requeued? Answered from files alone.
 
-    python -m pretrain.restarts begin CONFIG [section.field=value ...]     prints the run's folder
+    python -m pretrain.restarts check CONFIG [section.field=value ...] [--world-size N]    says what is wrong with it
+    python -m pretrain.restarts begin CONFIG [section.field=value ...] [--world-size N]    prints the run's folder
     python -m pretrain.restarts end RUN_DIR --code N --max-restarts N --job-state STATE
 
 Every start and end is a line of RUN_DIR/restarts.jsonl, which `python -m pretrain status` reads too. Exit codes of
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import load_config
 
 EXIT_REQUEUE = 75
@@ -100,9 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.restarts", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    begin = commands.add_parser("begin")
-    begin.add_argument("config")
-    begin.add_argument("overrides", nargs="*")
+    for name in ("check", "begin"):
+        command = commands.add_parser(name)
+        command.add_argument("config")
+        command.add_argument("overrides", nargs="*")
+        command.add_argument("--world-size", type=int, help="ranks that will train")
     end = commands.add_parser("end")
     end.add_argument("run_dir", type=Path)
     end.add_argument("--code", type=int, required=True)
@@ -110,19 +113,29 @@ def main(argv: list[str] | None = None) -> int:
     end.add_argument("--job-state", required=True)
     args = parser.parse_args(argv)
     try:
-        return _begin(args.config, args.overrides) if args.command == "begin" else _end(args)
+        if args.command == "end":
+            return _end(args)
+        cfg = _checked(args.config, args.overrides, args.world_size)
+        return _begin(cfg) if args.command == "begin" else 0
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISUSED
 
 
-def _begin(config: str, overrides: list[str]) -> int:
+def _checked(config: str, overrides: list[str], world_size: int | None) -> RunConfig:
+    """The run's config; raises ConfigError where it cannot run, as far as one machine without a GPU can tell."""
     cfg = load_config(config, overrides)
-    run_dir = Path(cfg.run_dir)
+    if world_size is not None:
+        cfg.grad_accum_steps(world_size)
     if not (Path(cfg.data.path) / "train").is_dir() and "://" not in cfg.data.path:
         raise ConfigError(
             f"data.path={cfg.data.path} has no folder train: name a folder that tokenize_fineweb.py wrote (DATA=...)"
         )
+    return cfg
+
+
+def _begin(cfg: RunConfig) -> int:
+    run_dir = Path(cfg.run_dir)
     step = latest_step(run_dir)
     count = crashes_without_progress(read_events(run_dir), step)
     if count >= STARTS_WITHOUT_PROGRESS:

@@ -16,6 +16,8 @@
 #   HANG_SECONDS         least time without a step before the watchdog acts; default: 600
 #   MATMAMBA_ROOT        the repository, where it is not the folder that sbatch was called from
 #
+# Called by bash, outside a job, a script checks its settings and its config on this machine and submits nothing.
+#
 # Exit codes of a run: 0 finished, 75 saved and wants to go on, 2 misused (never requeued), anything else broken.
 
 set -uo pipefail
@@ -26,7 +28,6 @@ die() {
 }
 
 settings() {
-  [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a Slurm script: sbatch $0 [section.field=value ...]"
   cd "$ROOT" || die "cannot enter $ROOT"
   LAUNCHER=${LAUNCHER:-srun}
   MAX_RESTARTS=${MAX_RESTARTS:-20}
@@ -72,6 +73,7 @@ settings() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   # Since Slurm 22.05 srun no longer takes this over from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  [[ -n ${SLURM_JOB_ID:-} ]] || return 0
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
   MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
   # A compile cache that two jobs share races.
@@ -80,19 +82,36 @@ settings() {
   export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # the flight recorder, for the watchdog
 }
 
+# Outside a job the checks were all there is to do.
+only_checked() {
+  [[ -z ${SLURM_JOB_ID:-} ]] || return 0
+  echo "settings are fine: sbatch $0${*:+ $*}"
+  exit 0
+}
+
 # One process of ours on this node, in the container if there is one.
 alone() {
-  if ((${#step[@]})); then
+  if ((${#step[@]})) && [[ -n ${SLURM_JOB_ID:-} ]]; then
     srun --nodes=1 --ntasks=1 --overlap "${step[@]}" "$python" "$@"
   else
     "${container[@]}" "$python" "$@"
   fi
 }
 
+# asked_for VARIABLE OPTION: the variable, or what was allocated, or outside a job what the script asks for.
+asked_for() {
+  local allocated=${SLURM_JOB_NUM_NODES:-}
+  [[ $1 == NODES ]] || allocated=${SLURM_NTASKS_PER_NODE:-${SLURM_JOB_ID:+1}}
+  local written
+  written=$(sed -n "s/^#SBATCH --$2=//p" "$0")
+  echo "${!1:-${allocated:-${written:-1}}}"
+}
+
 # Start "$@" (a Python module and its arguments) on every task in the background; sets $pid.
 launch() {
-  local nodes=${NODES:-$SLURM_JOB_NUM_NODES}
-  local tasks=${TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+  local nodes tasks
+  nodes=$(asked_for NODES nodes)
+  tasks=$(asked_for TASKS_PER_NODE ntasks-per-node)
   local where=(--nodes="$nodes" --kill-on-bad-exit=1 "${step[@]}")
   if [[ $LAUNCHER == srun ]]; then
     srun --ntasks-per-node="$tasks" --ntasks="$((nodes * tasks))" "${where[@]}" "${container[@]}" "$python" -m "$@" &
@@ -131,8 +150,14 @@ pretrain() {
   shift
   settings
   local arguments=("$config" ${DATA:+"data.path=$DATA"} ${RUN_DIR:+"run_dir=$RUN_DIR"} "$@")
+  local ranks=$(($(asked_for NODES nodes) * $(asked_for TASKS_PER_NODE ntasks-per-node)))
+  if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    # An image of pyxis can be entered in a job alone.
+    ((${#step[@]})) || alone -m pretrain.restarts check --world-size "$ranks" "${arguments[@]}" || exit $?
+    only_checked "$@"
+  fi
   local run_dir
-  run_dir=$(alone -m pretrain.restarts begin "${arguments[@]}") || exit $?
+  run_dir=$(alone -m pretrain.restarts begin --world-size "$ranks" "${arguments[@]}") || exit $?
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $config in $run_dir on $SLURM_JOB_NODELIST"
   launch pretrain "${arguments[@]}"
   attend
@@ -150,6 +175,7 @@ pretrain() {
 # once MODULE [argument ...]: one task, no requeue.
 once() {
   settings
+  only_checked "${@:2}"
   alone -m "$@"
   exit $?
 }

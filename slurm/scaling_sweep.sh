@@ -26,10 +26,24 @@ ROOT=${MATMAMBA_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 source "$ROOT/slurm/common.sh"
 GRID=${GRID:-$ROOT/slurm/scaling_grid.txt}
 [[ -r $GRID ]] || die "GRID=$GRID cannot be read"
+run_of_grid() {
+  local line name config overrides
+  line=$(grep -v -e '^ *#' -e '^ *$' "$GRID" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")
+  [[ -n $line ]] || die "GRID=$GRID has no run number $SLURM_ARRAY_TASK_ID (the first is 0)"
+  read -r name config overrides <<< "$line"
+  RUN_DIR=${SWEEP_DIR:-$ROOT/runs/sweep}/$name
+  # shellcheck disable=SC2086  # one word an override
+  pretrain "$config" $overrides "$@"
+}
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  # Every run of the grid is checked, each in a shell of its own.
+  n_runs=$(grep -vc -e '^ *#' -e '^ *$' "$GRID")
+  for ((SLURM_ARRAY_TASK_ID = 0; SLURM_ARRAY_TASK_ID < n_runs; SLURM_ARRAY_TASK_ID++)); do
+    (run_of_grid "$@" > /dev/null) || exit $?
+  done
+  unset SLURM_ARRAY_TASK_ID
+  only_checked "$@"
+fi
 [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || die "not an array job: sbatch --array=0-19%4 slurm/scaling_sweep.sh"
-line=$(grep -v -e '^ *#' -e '^ *$' "$GRID" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")
-[[ -n $line ]] || die "GRID=$GRID has no run number $SLURM_ARRAY_TASK_ID (the first is 0)"
-read -r name config overrides <<< "$line"
-RUN_DIR=${SWEEP_DIR:-$ROOT/runs/sweep}/$name
-# shellcheck disable=SC2086  # one word an override
-pretrain "$config" $overrides "$@"
+run_of_grid "$@"

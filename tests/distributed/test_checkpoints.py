@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from modeling.checkpoint_reader import KINDS, CheckpointError, Reader, file_sha2
 from pretrain import checkpoint, checkpoint_tool, train
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import RunConfig
+from pretrain.config_io import config_to_yaml
 from pretrain.metrics import read_metrics
 from pretrain.restarts import EXIT_REQUEUE
 from tests.distributed.harness import RankFailedError, run_ranks, start_ranks
@@ -340,6 +343,36 @@ def test_compute_in_bf16_keeps_float32_state(dataset: Path, tmp_path: Path) -> N
     )  # fmt: skip
     run_ranks(1, train.main, back)
     assert losses(back)[-1][1] == 11
+
+
+LOAD_AND_SAVE = """
+import sys
+from pretrain.config_io import load_config
+from tests.distributed.test_train import state_after_loading
+state_after_loading(load_config(sys.argv[1], sys.argv[2:]))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_from_cpu_to_gpu_and_back_no_bit_changes(dataset: Path, tmp_path: Path) -> None:
+    """Trained in float32 on a CPU, loaded and saved with bfloat16 compute on a GPU, then on a CPU again."""
+    config = tmp_path / "run.yaml"
+    config.write_text(config_to_yaml(run_config(dataset, tmp_path / "cpu", optim={"steps": 3})))
+
+    def python(*arguments: str, gpus: str) -> None:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    python("-m", "pretrain", str(config), gpus="")
+    first = newest = candidates(checkpoint_dir(tmp_path / "cpu"))[0]
+    for name, gpus in (("gpu", "0"), ("cpu again", "")):
+        overrides = [f"run_dir={tmp_path / name}", f"checkpoint.resume={newest}"]
+        python("-c", LOAD_AND_SAVE, str(config), *overrides, gpus=gpus)
+        newest = candidates(checkpoint_dir(tmp_path / name))[0]
+        assert_same_checkpoint(first, newest)
 
 
 def kill_at_random(cfg: RunConfig, draw: random.Random) -> bool:

@@ -9,9 +9,11 @@ import socket
 import time
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pretrain import preflight as preflight_module
 from pretrain.config_io import config_from_dict
@@ -87,6 +89,19 @@ def _broken_device(folder: str) -> str:
     return _preflight(folder)
 
 
+def _wrong_sum(folder: str) -> str:
+    all_reduce = dist.all_reduce
+
+    def corrupted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        done = all_reduce(tensor, *args, **kwargs)
+        if os.environ["RANK"] == "1" and tensor.dtype == torch.float32:
+            tensor += 1
+        return done
+
+    dist.all_reduce = corrupted
+    return _preflight(folder)
+
+
 def _preflight(folder: str) -> str:
     """What preflight said, or "passed"."""
     cfg = config_from_dict(
@@ -117,3 +132,9 @@ def test_a_full_disk_is_said_on_all_ranks_with_the_node(tmp_path: Path) -> None:
 def test_an_error_of_the_device_itself_is_said_with_the_node(tmp_path: Path) -> None:
     first, second = run_ranks(2, _broken_device, str(tmp_path))
     assert first == second == f"rank 1: on node {socket.gethostname()}: CUDA error: uncorrectable ECC error encountered"
+
+
+def test_a_sum_that_arrives_wrong_on_one_rank_is_said_on_all_with_the_node(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _wrong_sum, str(tmp_path))
+    assert first == second
+    assert f"rank 1: on node {socket.gethostname()}: an all-reduce of ones over 2 ranks gave 3.0" in first

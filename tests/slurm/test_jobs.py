@@ -6,6 +6,7 @@ The training inside is a two-layer model on CPU ranks; scripts, signals, requeue
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_prep.shard_schema import read_manifest
 from pretrain.metrics import read_metrics
 from pretrain.restarts import read_events
 from tests.datasets import write_token_dataset
 from tests.slurm.cluster import Cluster, missing, wait_for
+from tests.unit.corpus import byte_level_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "common.sh")
@@ -91,6 +94,15 @@ def submit(
         TMPDIR=str(cluster.scratch),
         **{**variables(site, run_dir), **more},
     )
+
+
+def called_by_bash(site: Path, script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """What the script says outside a job."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+    return subprocess.run(
+        ["bash", str(ROOT / "slurm" / script), *arguments],
+        cwd=site, env=environment | settings, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
 
 
 def log(site: Path, job: str) -> str:
@@ -257,16 +269,87 @@ def test_a_run_that_crashes_at_once_stops(cluster: Cluster, site: Path) -> None:
         ({"TASKS_PER_NODE": "many"}, (), "TASKS_PER_NODE=many: must be a positive whole number"),
         ({"LAUNCHER": "mpirun"}, (), "LAUNCHER=mpirun: must be srun or torchrun"),
         ({"MATMAMBA_ROOT": "/tmp"}, (), "no slurm/common.sh in /tmp"),
+        ({}, ("data.tokens_per_step=288",), "not a multiple of data-parallel size 2 x data.micro_batch=2"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_misuse_is_said_and_not_requeued(
-    cluster: Cluster, site: Path, more: dict[str, str], overrides: tuple[str, ...], says: str
+@pytest.mark.parametrize("submitted", [True, False], ids=["submitted", "checked first"])
+def test_misuse_is_said_before_anything_runs(
+    cluster: Cluster, site: Path, more: dict[str, str], overrides: tuple[str, ...], says: str, submitted: bool
 ) -> None:
+    if not submitted:
+        done = called_by_bash(site, "pretrain_1b4.sh", *overrides, **{**variables(site, site / "never"), **more})
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert not (site / "never").exists()
+        return
     job = submit(cluster, site, site / "never", *overrides, **more)
     ended = cluster.wait_job(job, ["FAILED"], timeout_s=60)
     assert says in log(site, job)
     assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
+
+
+def test_what_is_fine_is_said_without_submitting(site: Path, tmp_path: Path) -> None:
+    done = called_by_bash(site, "pretrain_1b4.sh", "optim.lr=3e-4", **variables(site, tmp_path / "run"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "settings are fine: sbatch" in done.stdout
+    assert not (tmp_path / "run").exists()
+    unset = variables(site, tmp_path / "run")
+    del unset["CONFIG"]  # the script's own 1.4B: 32 ranks, as its #SBATCH lines ask for
+    del unset["NODES"], unset["TASKS_PER_NODE"]
+    assert called_by_bash(site, "pretrain_1b4.sh", **unset).returncode == 0
+    done = called_by_bash(site, "pretrain_1b4.sh", "data.micro_batch=32", **unset)
+    assert done.returncode == 2
+    assert "not a multiple of data-parallel size 32 x data.micro_batch=32" in done.stderr
+    assert "settings are fine" in called_by_bash(site, "scaling_sweep.sh", **unset).stdout
+    done = called_by_bash(site, "evaluate.sh", **unset)
+    assert (done.returncode, "MODEL is not set" in done.stderr) == (2, True)
+
+
+def test_torchrun_launches_the_same_script(
+    cluster: Cluster, site: Path, uninterrupted: dict[int, dict[str, float]]
+) -> None:
+    run_dir = site / "by torchrun"
+    job = submit(cluster, site, run_dir, "optim.steps=240", LAUNCHER="torchrun", NODES="1", TASKS_PER_NODE="2")
+    wait_for("some steps", lambda: step_of(run_dir) >= 45, 120)
+    by_time_limit(cluster, job, run_dir)  # its agent knows no exit code 75: a stop by signal is taken for one
+    wait_for("the second start", lambda: int(cluster.job(job)["Restarts"]) >= 1, 120)
+    cluster.wait_job(job)
+    assert losses(run_dir) == uninterrupted
+    assert [event["code"] for event in read_events(run_dir) if event["event"] == "end"] == [75, 0]
+
+
+def test_an_array_tokenizes_and_its_last_task_joins(cluster: Cluster, site: Path, tmp_path: Path) -> None:
+    source = tmp_path / "raw text"
+    source.mkdir()
+    for i in range(4):
+        lines = [json.dumps({"text": f"document {j} of file {i} says a few words"}) for j in range(40)]
+        (source / f"part-{i}.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = byte_level_tokenizer(tmp_path)
+    settings = {"MATMAMBA_ROOT": str(ROOT), "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "TMPDIR": str(cluster.scratch)}
+    settings |= {"INPUT": f"{source}/*.jsonl", "TOKENIZER": str(tokenizer), "OUTPUT": str(site / "array shards")}
+    job = cluster.sbatch(
+        ROOT / "slurm" / "tokenize_fineweb.sh",
+        "--row-tokens",
+        "32",
+        "--workers",
+        "1",
+        "--val-fraction",
+        "0.2",
+        options=["--array=0-1", "--cpus-per-task=1"],
+        cwd=site,
+        **settings,
+    )
+    wait_for("the array", lambda: not cluster.run("squeue", "-h", "-j", job, "-o", "%i"), 240, 1)
+    said = "".join(path.read_text() for path in sorted(site.glob("slurm-*.out"))[-2:])
+    assert (site / "array shards" / "manifest.json").exists(), said
+    manifest = read_manifest(site / "array shards")
+    assert sum(manifest.n_documents.values()) == 160, said
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep.verify_shards", str(site / "array shards")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
