@@ -1,15 +1,17 @@
 """The scan's backward pass, in four kernels. Notation as in scan_forward: S is the state before a chunk, dS the loss's
-gradient by the state after it; M = (C B^T) L with L_ls = e^(a_l - a_s), for s <= l, so that y = M (delta x) + ...
+gradient by the state after it; M = (C B^T) L with L_ls = delta_s e^(a_l - a_s), for s <= l, so that y = M x + ...
 
-1. `_state_gradients` walks one sequence's chunks backwards for one tile of heads, dS in registers:
+1. `_state_gradients` walks one sequence's chunks backwards for one head, dS in registers:
        dS <- e^(a_end) dS + sum over l of e^(a_l) C_l dy_l^T.
 2. `_inputs_gradients` has a program a chunk and loops over heads, so that d(C B^T) is summed in registers:
-       dM = dy (delta x)^T      d(C B^T) = sum over heads of dM L      d(delta x) = M^T dy + e^(a_end - a) B dS.
+       dM = dy x^T      d(C B^T) = sum over heads of dM L      dx = M^T dy + delta e^(a_end - a) B dS + D dy.
 3. `_group_gradients`: B and C feed every head, so theirs is one long product over all channels:
        dC = (e^a dy) S^T + d(C B^T) B      dB = (e^(a_end - a) delta x) dS^T + d(C B^T)^T C.
 4. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
-       da = rowsum(dM M) - colsum(dM M) + e^a dy . C S - e^(a_end - a) delta x . B dS, and at the end e^(a_end) S . dS.
-   The row and column sums are of one float32 matrix and cancel exactly in the running sum that follows.
+       da = rowsum(dM M) - colsum(dM M) + e^a dy . C S - delta e^(a_end - a) x . B dS, and at the end e^(a_end) S . dS.
+   In the running sum that follows, the row and column sums of the pairs inside it must cancel. colsum(dM M) is taken as
+   x . M^T dy, a sum over channels, not over a column that lies in all warps; both come from one M, as rounded for the
+   product, so they differ by float32's rounding alone. What reaches delta through L is colsum(dM M) / delta.
 
 No atomics: the same bits each time.
 """
