@@ -104,7 +104,7 @@ def plan(cfg: RunConfig, cluster: Cluster) -> list[Plan]:
             f"{cluster.world_size} GPUs: no tensor-parallel size in {nesting.allowed_tp(cfg.model.widths)} with any "
             f"micro-batch divides a step of {cfg.data.sequences_per_step} sequences: change data.tokens_per_step"
         )
-    fitting = [_timed(candidate, memory, cluster) for candidate, memory in memories if memory.total <= room]
+    fitting = [predict(candidate, cluster, memory) for candidate, memory in memories if memory.total <= room]
     if not fitting:
         least = min(memory.total for _, memory in memories) / GIB
         raise ConfigError(
@@ -135,12 +135,13 @@ def _layouts(cfg: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
                         yield replace(cfg, parallel=parallel, data=replace(cfg.data, micro_batch=micro_batch))
 
 
-def _timed(cfg: RunConfig, memory: Memory, cluster: Cluster) -> Plan:
+def predict(cfg: RunConfig, cluster: Cluster, memory: Memory | None = None) -> Plan:
+    """The run's own layout, whether it fits or not. Raises ConfigError where it does not divide the step."""
     tp_s, dp_s = _link_seconds(cfg, cluster)
     again = cfg.parallel.activation_checkpointing
     return Plan(
         cfg=cfg,
-        memory=memory,
+        memory=memory or estimate(cfg, cluster.world_size),
         compute_s=_compute_seconds(cfg, cluster),
         tp_s=tp_s,
         dp_s=dp_s,

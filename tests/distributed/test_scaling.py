@@ -1,0 +1,51 @@
+"""The scaling benchmark, tried out on CPU ranks: what it compares must agree, and its sums must be right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config_io import config_to_plain
+from tests.distributed.test_layouts import small_run
+from tests.perf import scaling
+
+
+@pytest.mark.timeout(280)
+def test_layouts_of_one_step_agree_and_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, record = tmp_path / "toy.yaml", tmp_path / "record.json"
+    config.write_text(yaml.safe_dump(config_to_plain(small_run(data={"micro_batch": 2}))))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = [
+        "scaling",
+        str(config),
+        "--gpus",
+        "1",
+        "2",
+        "--tensor",
+        "1",
+        "2",
+        "--scaling",
+        "strong",
+        "--steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", [*arguments, "-o", str(record)])
+    scaling.main()
+    rows = json.loads(record.read_text())["rows"]
+    assert [(row["world_size"], row["tensor"], row["dp"]) for row in rows] == [(1, 1, 1), (2, 1, 2), (2, 2, 1)]
+    for row in rows[1:]:
+        assert row["losses_off"] < 1e-5
+        assert row["norms_off"] < 1e-5
+        assert row["planned_step_s"] > 0
+        assert row["of_one_device"] > 0
+
+
+def test_overlap_is_counted_once() -> None:
+    assert scaling.covered(0, 10, []) == 0
+    assert scaling.covered(0, 10, [(-5, 2), (1, 3), (8, 20)]) == 5
+    assert scaling.covered(4, 6, [(0, 10), (1, 2)]) == 2
+    assert scaling.covered(0, 10, [(10, 12)]) == 0

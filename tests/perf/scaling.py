@@ -1,0 +1,221 @@
+"""Weak and strong scaling of training steps over the GPUs of one machine, beside the planner's prediction.
+
+    python -m tests.perf.scaling configs/lm_1b4.yaml --gpus 1 2 4 8 --tensor 1 2 4 [--scaling weak strong] -o record.json
+        [section.field=value ...]
+
+For each number of GPUs and each tensor-parallel size that divides it, torchrun starts ranks that take steps on the same
+random tokens through the trainer's own engine and objective. weak: each data-parallel replica keeps the configured micro-batch,
+one a step. strong: the step stays that of one replica times the largest data parallelism, shared out. A row has the median
+step, tokens/s a GPU and its share of one GPU's, the loss and gradient norm of the first steps beside one GPU's on the same
+step (strong: the same tokens), the planner's step, and, on GPUs, the time of each collective and how much of it runs while
+something else does. Rows are written as they come. Without GPUs the ranks are CPU processes over gloo: for trying it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from modeling.language import LanguageModel
+from pretrain.config import ConfigError, RunConfig
+from pretrain.config_io import config_from_dict, config_to_plain, load_config
+from pretrain.data import Batch
+from pretrain.distributed import Ranks, close_ranks, init_ranks
+from pretrain.engine import Engine
+from pretrain.hardware import device_name
+from pretrain.objective import step_widths, width_losses
+from pretrain.plan import GPUS, MEASURED_ON, Cluster, predict
+from pretrain.provenance import git_commit, versions
+from pretrain.train import compute_dtype
+
+WARM_UP = 3
+COMPARED = 3
+"""Steps whose loss and gradient norm are kept: the first ones, before rounding has grown."""
+Row = dict[str, Any]
+
+
+def layout(cfg: RunConfig, world_size: int, tensor: int, scaling: str, largest_dp: int) -> RunConfig:
+    """The run's config at one layout. Raises ConfigError where the step does not divide."""
+    replicas = world_size // tensor if scaling == "weak" else largest_dp
+    tokens = cfg.data.micro_batch * cfg.data.seq_len * replicas
+    parallel = replace(cfg.parallel, tensor=tensor)
+    laid = replace(cfg, parallel=parallel, data=replace(cfg.data, tokens_per_step=tokens))
+    laid.grad_accum_steps(world_size)
+    return laid
+
+
+def tokens_of(cfg: RunConfig, ranks: Ranks, step: int) -> list[Batch]:
+    """This replica's micro-batches of a step: its share of the step's random sequences, the same at every layout."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (cfg.data.sequences_per_step, cfg.data.seq_len + 1)
+    ids = torch.randint(0, cfg.model.vocab_size, shape, generator=generator).to(ranks.device)
+    mine = ids.chunk(ranks.dp_size)[ranks.dp_rank].split(cfg.data.micro_batch)
+    return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), None) for part in mine]
+
+
+def take_step(engine: Engine, cfg: RunConfig, batches: list[Batch]) -> tuple[torch.Tensor, float]:
+    """One optimizer step as the trainer takes it; this replica's mean loss, still on the device, and the gradient norm."""
+    widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, 0)
+    total = torch.zeros((), device=batches[0].tokens_bt.device)
+    for m, batch in enumerate(batches):
+        for i, (width, loss) in enumerate(width_losses(engine, [batch], widths, cfg)):
+            weighted = loss.total * (width.weight / len(batches))
+            engine.backward(weighted, last=m == len(batches) - 1 and i == len(widths) - 1)
+            total += weighted.detach()
+    return total, engine.step(1e-4)
+
+
+def collective_seconds(work: Any) -> dict[str, dict[str, float]]:
+    """GPU seconds of each NCCL kernel in `work`, and how many of them pass while another kernel runs."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        work()
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in recorded.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    others = sorted((start, end) for start, end, name in spans if not name.startswith("nccl"))
+    found: dict[str, dict[str, float]] = {}
+    for start, end, name in spans:
+        if name.startswith("nccl"):
+            row = found.setdefault(name.partition("(")[0], {"seconds": 0.0, "beside_others": 0.0})
+            row["seconds"] += (end - start) / 1e6
+            row["beside_others"] += covered(start, end, others) / 1e6
+    return found
+
+
+def covered(start: float, end: float, spans: list[tuple[float, float]]) -> float:
+    """How much of start .. end lies in at least one of `spans`, which are sorted by their start."""
+    total, reached = 0.0, start
+    for low, high in spans:
+        if low >= end:
+            break
+        total += max(0.0, min(high, end) - max(low, reached))
+        reached = max(reached, min(high, end))
+    return total
+
+
+def measure(cfg: RunConfig, steps: int) -> Row:
+    """One layout, on this rank; every rank of the job calls. Rank 0's row counts."""
+    ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
+    with torch.device("meta"):
+        recompute = cfg.parallel.activation_checkpointing
+        model = LanguageModel(cfg.model, tp=ranks.tp, dtype=compute_dtype(cfg, ranks.device), recompute=recompute)
+    model.to_empty(device=ranks.device)
+    model.init_weights(cfg.seed)
+    engine = Engine(model, cfg, ranks)
+    losses, norms, taken = [], [], []
+    for step in range(max(WARM_UP, COMPARED) + steps):
+        batches = tokens_of(cfg, ranks, step)
+        ranks.agree_any(False)  # all start together
+        start = time.perf_counter()
+        loss, norm = take_step(engine, cfg, batches)
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+        losses.append(ranks.mean(loss))
+        norms.append(norm)
+    row: Row = {
+        "world_size": ranks.world_size,
+        "tensor": cfg.parallel.tensor,
+        "dp": ranks.dp_size,
+        "tokens_per_step": cfg.data.tokens_per_step,
+        "step_s": statistics.median(ranks.gather_objects(statistics.median(taken[-steps:]))),
+        "losses": losses[:COMPARED],
+        "norms": norms[:COMPARED],
+        "device": device_name(ranks.device) or "CPU",
+    }
+    row["tokens_per_s_per_device"] = cfg.data.tokens_per_step / row["step_s"] / ranks.world_size
+    if ranks.device.type == "cuda":
+        row["collectives"] = collective_seconds(lambda: take_step(engine, cfg, batches))
+    close_ranks()
+    return row
+
+
+def beside(row: Row, cfg: RunConfig, baseline: Row | None, args: argparse.Namespace) -> Row:
+    """The row with what it is compared to: one GPU's, and the planner's."""
+    if baseline is not None:
+        row["of_one_device"] = row["tokens_per_s_per_device"] / baseline["tokens_per_s_per_device"]
+        if row["tokens_per_step"] == baseline["tokens_per_step"]:
+            for what in ("losses", "norms"):
+                pairs = zip(row[what], baseline[what], strict=True)
+                row[f"{what}_off"] = max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+    gpu = next((name for name in GPUS if name in row["device"]), MEASURED_ON)
+    cluster = Cluster(
+        nodes=1,
+        gpus_per_node=row["world_size"],
+        gpu=gpu,
+        nvlink_gb_s=args.nvlink_gb_s,
+        network_gb_s=args.nvlink_gb_s,
+    )
+    row["planned_step_s"] = predict(cfg, cluster).step_s
+    return row
+
+
+def launch(cfg: RunConfig, world_size: int, steps: int) -> Row:
+    """`measure` on `world_size` ranks of this machine. Raises RuntimeError with what they said where one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        work, out = Path(folder) / "work.json", Path(folder) / "row.json"
+        work.write_text(json.dumps({"config": config_to_plain(cfg), "steps": steps, "out": str(out)}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        command += ["-m", "tests.perf.scaling", "--worker", str(work)]
+        environment = {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+        if done.returncode or not out.exists():
+            raise RuntimeError(f"{world_size} ranks failed: {done.stderr[-1500:]}")
+        row: Row = json.loads(out.read_text())
+        return row
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        asked = json.loads(Path(sys.argv[2]).read_text())
+        row = measure(config_from_dict(asked["config"]), asked["steps"])
+        if os.environ["RANK"] == "0":
+            Path(asked["out"]).write_text(json.dumps(row))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--scaling", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--nvlink-gb-s", type=float, default=400.0)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.config, ["run_dir=unused", "data.path=unused", *args.overrides])
+    rows: list[Row] = []
+    for scaling in args.scaling:
+        baseline = None
+        for world_size in sorted(args.gpus):
+            for tensor in [tp for tp in args.tensor if world_size % tp == 0]:
+                try:
+                    laid = layout(cfg, world_size, tensor, scaling, max(args.gpus))
+                except ConfigError as error:
+                    print(f"{scaling}, {world_size} ranks, tp {tensor}: left out: {error}", flush=True)
+                    continue
+                row = beside(launch(laid, world_size, args.steps), laid, baseline, args)
+                baseline = baseline or row
+                rows.append({"scaling": scaling, **row})
+                print(json.dumps(rows[-1]), flush=True)
+                if args.output:
+                    about = {"config": args.config, "overrides": args.overrides, "commit": git_commit()}
+                    args.output.write_text(json.dumps({"rows": rows, **about, "versions": versions()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
