@@ -67,8 +67,9 @@ def test_every_width_equals_mamba_ssm_ref_forward_and_every_gradient(n_heads: in
     for name, leaf in leaves.items():
         assert leaf.grad is not None
         # The gradient of a head's D, A_log or dt_bias sums thousands of terms of both signs to almost nothing: where a
-        # width has few heads, rounding of the terms shows in the sum. (D of a single head: 3.5e-5 here.)
-        tolerance = TOLERANCE if leaf.numel() >= 8 else 10 * TOLERANCE
+        # width has few heads, rounding of the terms shows in the sum. (D of a single head, 1.8e-5 in all: off by 3.5e-5 of
+        # itself on one processor, 1.6e-4 on another, where BLAS adds in another order.)
+        tolerance = TOLERANCE if leaf.numel() >= 8 else 50 * TOLERANCE
         assert relative(gradients[name], leaf.grad) < tolerance, name
 
 
