@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from modeling import nesting
+from modeling.cuda_graph import KeptSteps
 from modeling.language import LanguageModel
 from modeling.mixer import Mixer
 from modeling.nesting import LayerWidths
@@ -71,6 +72,12 @@ class State:
             mine.copy_(theirs)
         self.waiting = None
 
+    def zero_(self) -> None:
+        """Forget everything: the state before the first token."""
+        for tensor in (*self.conv, *self.ssm):
+            tensor.zero_()
+        self.waiting = None
+
 
 class InferenceModel:
     """A whole language model on one device. Which submodel runs is an argument of every call."""
@@ -94,6 +101,7 @@ class InferenceModel:
             )
         self.cfg, self.held, self.dtype = model.cfg, model.held, dtype
         self.device, self.state_dtype = torch.device(device), state_dtype
+        self.kept_steps = KeptSteps()
         with torch.no_grad():
             self.embedding_vd = model.embedding[: self.cfg.vocab_size].to(self.device, dtype, copy=True)
             self.final_norm_d = model.final_norm.to(self.device, torch.float32, copy=True)
