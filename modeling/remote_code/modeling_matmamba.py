@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -26,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -107,6 +107,8 @@ class MatMambaConfig(PretrainedConfig):
 class MatMambaCache:
     """What a submodel remembers of a batch of sequences; its size does not grow with them."""
 
+    is_linear = (True,)  # asked by transformers 5 before it would cut a prompt itself
+
     def __init__(self, config: MatMambaConfig, heads: tuple[int, ...], batch: int, like: Tensor) -> None:
         """Before the first token; `like` is a weight, whose device and dtype the convolution's part has."""
         self.heads, self.n_seen = heads, 0
@@ -125,15 +127,6 @@ class MatMambaCache:
         """Keep these sequences, in this order."""
         self.conv_bkc = [t.index_select(0, beam_idx.to(t.device)) for t in self.conv_bkc]
         self.ssm_bhpn = [t.index_select(0, beam_idx.to(t.device)) for t in self.ssm_bhpn]
-
-
-@dataclass
-class MatMambaOutput(ModelOutput):
-    """Scores (float32, shape b t v), the mean next-token loss where labels were given, and the cache where it was used."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    cache_params: MatMambaCache | None = None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -302,64 +295,74 @@ class MatMambaForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache_params: MatMambaCache | None = None,
+        past_key_values: MatMambaCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         width: Width = None,
         logits_to_keep: int = 0,
-        cache_position: Tensor | None = None,
+        cache: MatMambaCache | None = None,
         return_dict: bool | None = None,
-    ) -> MatMambaOutput | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Scores of the submodel `width` after each of `input_ids` (int64, shape b t).
 
         `attention_mask` (b t) is 0 where a row is padded; to go on from a cache, padding must stand on the left.
-        `cache_params`, where given, is the past, of the same width, and moves on. `labels` are shifted here; -100 is
-        left out. `logits_to_keep` > 0: scores of so many last tokens only. `cache_position` is not needed: the cache
-        knows what it has read. Raises ValueError where the width or the cache does not fit.
+        `past_key_values`, which newer transformers call `cache`, is the past, of the same width, and moves on. `labels` are
+        shifted here; -100 is left out. `logits_to_keep` > 0: scores of so many last tokens only. Comes out: logits
+        (float32, shape b t v), the mean next-token loss where labels were given, and the cache under transformers' name
+        for it. Raises ValueError where the width or the cache does not fit.
         """
         heads = self.config.heads_of(width)
-        if cache_params is not None and cache_params.heads != heads:
-            raise ValueError(f"the cache is of widths {cache_params.heads}, asked is {heads}: start without a cache")
+        past = past_key_values if cache is None else cache
+        if past is not None and past.heads != heads:
+            raise ValueError(f"the cache is of widths {past.heads}, asked is {heads}: start without a cache")
         dtype = self.embedding.weight.dtype
         mask_bt = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-        keep = use_cache or cache_params is not None
+        keep = use_cache or past is not None
         if keep and mask_bt is not None and not bool(mask_bt[:, -1].all()):
             raise ValueError('a cache needs padding on the left: set tokenizer.padding_side = "left"')
-        cache = cache_params or MatMambaCache(self.config, heads, input_ids.shape[0], self.embedding.weight)
+        if past is None:
+            past = MatMambaCache(self.config, heads, input_ids.shape[0], self.embedding.weight)
         x_btd = self.embedding(input_ids).float()
         for layer, block in enumerate(self.blocks):
             normed_btd = rms_norm(x_btd, block.norm, self.config.norm_eps, dtype)
-            x_btd = x_btd + block.mixer(normed_btd, heads[layer], mask_bt, cache, layer)
-        cache.n_seen += input_ids.shape[1]
+            x_btd = x_btd + block.mixer(normed_btd, heads[layer], mask_bt, past, layer)
+        past.n_seen += input_ids.shape[1]
         hidden_btd = rms_norm(x_btd[:, -logits_to_keep:], self.final_norm, self.config.norm_eps, dtype)
         logits_btv = F.linear(hidden_btd, self.embedding.weight).float()
         loss = None
         if labels is not None:
             targets = labels[:, 1:].flatten()
             loss = F.cross_entropy(logits_btv[:, :-1].flatten(0, 1), targets.to(logits_btv.device), ignore_index=-100)
-        output = MatMambaOutput(loss=loss, logits=logits_btv, cache_params=cache if keep else None)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_btv, past_key_values=past if keep else None)
         return output.to_tuple() if return_dict is False else output
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`forward` makes the cache: it knows the width."""
+        return False
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache_params: MatMambaCache | None = None,
+        past_key_values: MatMambaCache | None = None,
         use_cache: bool | None = None,
         width: Width = None,
+        cache: MatMambaCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `forward` is given for the tokens that the cache has not read."""
-        seen = 0 if cache_params is None else cache_params.n_seen
+        past = past_key_values if cache is None else cache
+        seen = 0 if past is None else past.n_seen
         return {
             "input_ids": input_ids[:, seen:].contiguous(),
             "attention_mask": None if attention_mask is None else attention_mask[:, seen:],
-            "cache_params": cache_params,
+            "past_key_values": past,
             "use_cache": use_cache,
             "width": width,
             "logits_to_keep": 1,
         }
 
-    def _reorder_cache(self, cache: MatMambaCache, beam_idx: Tensor) -> MatMambaCache:
-        cache.reorder_cache(beam_idx)
-        return cache
+    def _reorder_cache(self, past: MatMambaCache, beam_idx: Tensor) -> MatMambaCache:
+        past.reorder_cache(beam_idx)
+        return past
