@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from modeling import nesting
 from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.config import LanguageConfig
-from modeling.convert import StateDict, cut, cut_mix, to_mamba_ssm
+from modeling.convert import StateDict, cut, cut_mix, to_hf, to_mamba_ssm
 from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model
 from modeling.search import read_widths
 from modeling.text import open_text
@@ -162,13 +161,8 @@ def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _write_hf(folder: Path, state: StateDict, cfg: LanguageConfig, dtype: torch.dtype) -> None:
-    theirs = to_mamba_ssm(state, cfg)
-    del theirs["lm_head.weight"]  # tied
-    renamed: dict[str, Tensor] = {
-        name.replace("backbone.embedding.", "backbone.embeddings."): tensor.contiguous()
-        for name, tensor in theirs.items()
-    }
-    save_file(_cast(renamed, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = {name: tensor.contiguous() for name, tensor in to_hf(state, cfg).items()}
+    save_file(_cast(theirs, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(cfg, dtype), indent=1) + "\n")
 
 

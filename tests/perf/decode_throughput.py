@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from modeling.config import LanguageConfig
-from modeling.convert import cut, to_mamba_ssm
+from modeling.convert import cut, to_hf, to_mamba_ssm
 from modeling.decode import generate
 from modeling.export import hf_config, read_state
 from modeling.flops import language_parameters
@@ -127,9 +127,8 @@ def transformers(state: State, cfg: LanguageConfig) -> tuple[Decoder, Any, int]:
     about = {k: v for k, v in hf_config(cfg, torch.bfloat16).items() if k not in ("architectures", "model_type")}
     with torch.device("meta"):
         model = Mamba2ForCausalLM(Mamba2Config(**about))
-    theirs = to_mamba_ssm(state, cfg)
-    renamed = {name.replace("backbone.embedding.", "backbone.embeddings."): t for name, t in theirs.items()}
-    model.load_state_dict({name: t.to("cuda", torch.bfloat16) for name, t in renamed.items()}, assign=True)
+    theirs = {name: t.to("cuda", torch.bfloat16) for name, t in to_hf(state, cfg).items()}
+    model.load_state_dict({**theirs, "lm_head.weight": theirs["backbone.embeddings.weight"]}, assign=True)
     model.tie_weights()
     model = model.eval()
 
