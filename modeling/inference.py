@@ -99,7 +99,7 @@ class InferenceModel:
             raise ValueError(
                 f"inference needs a whole model, this one is split over tp={model.tp.size}: load it at tp=1"
             )
-        self.cfg, self.held, self.dtype = model.cfg, model.held, dtype
+        self.cfg, self.held, self.dtype = model.cfg, tuple(model.held), dtype
         self.device, self.state_dtype = torch.device(device), state_dtype
         self.kept_steps = KeptSteps()
         with torch.no_grad():
@@ -134,6 +134,13 @@ class InferenceModel:
         """Bytes of all weights, whatever widths are used."""
         tensors = [self.embedding_vd, self.final_norm_d, *(t for layer in self.layers for t in vars(layer).values())]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def own_width(self) -> str:
+        """All that is held, as people write it: "1", "1/2", or the heads of each layer of a mix that was cut out."""
+        if len(set(self.held)) == 1:
+            return nesting.width_name(self.held[0], self.cfg.n_heads)
+        return ",".join(f"{n}h" for n in self.held)
 
     def check_widths(self, widths: LayerWidths) -> None:
         """Raise ValueError unless `widths` is a submodel of this model."""
