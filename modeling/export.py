@@ -55,15 +55,21 @@ def read_state(folder: Path) -> tuple[StateDict, LanguageConfig, str]:
         latest = folder / "checkpoints" / "latest"
         if not latest.exists():
             raise CheckpointError(f"{folder} is neither a run with a checkpoint, nor a checkpoint, nor a model folder")
-        folder = latest.parent / latest.read_text().strip()
+        name = latest.read_text().strip()
+        if Path(name).name != name:
+            raise CheckpointError(f"{latest}: {name[:80]!r} is not the name of a checkpoint beside it")
+        folder = latest.parent / name
     reader = Reader(folder)
-    raw = reader.manifest["config"]["model"]
     known = {field.name for field in fields(LanguageConfig)}
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
-    cfg = LanguageConfig(**values)
+    try:
+        raw = reader.manifest["config"]["model"]
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
+        cfg = LanguageConfig(**values)
+        tokenizer = str(reader.manifest["config"].get("data", {}).get("tokenizer", ""))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'manifest.json'}: its config describes no model ({error})") from None
     reader.verify()
     reader.check_model(cfg)
-    tokenizer = str(reader.manifest["config"].get("data", {}).get("tokenizer", ""))
     return dict(reader.weights(cfg.n_heads)), cfg, tokenizer
 
 

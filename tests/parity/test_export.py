@@ -148,9 +148,13 @@ def test_command_line_puts_the_tokenizer_beside_the_model(
         (lambda folder: (folder / "config.json").write_text("{}"), "this code reads"),
         (lambda folder: _edit(folder, vocab_size=900), "embedding is"),
         (lambda folder: _edit(folder, d_model="__import__('os')"), "does not describe a model"),
+        (lambda folder: _edit(folder, d_model=2**62), "does not describe a model"),
+        (lambda folder: _edit(folder, n_layers=10**9), "3 widths for 1000000000 layers"),
+        (lambda folder: _edit(folder, norm_eps=None), "must be positive"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "does not describe a model"),
         (lambda folder: _edit(folder, surprise=1), "unknown fields"),
     ],
-    ids=["cut short", "no format", "other vocabulary", "hostile value", "unknown field"],
+    ids=["cut short", "no format", "other vocabulary", "text", "overflow", "layers", "null", "deep", "unknown field"],
 )
 def test_a_damaged_model_folder_is_refused(state: dict[str, Tensor], tmp_path: Path, damage: object, says: str) -> None:
     export(state, CFG, CFG.layer_widths(8), "matmamba", tmp_path / "m")
