@@ -206,3 +206,22 @@ def test_a_config_alone_makes_a_model_that_can_train(folder: Path, load: Any) ->
 def test_mistakes_are_named(folder: Path, load: Any, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load(folder)(torch.tensor([[1, 2, 3]]), **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
+@pytest.mark.timeout(900)  # mamba-ssm's kernels tune themselves for minutes at first use
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_with_mamba_ssms_scan(trained: LanguageModel, folder: Path, load: Any, dtype: torch.dtype) -> None:
+    """Its products are TF32 there, and bfloat16 has three digits; then steps in plain PyTorch from the scan's state."""
+    model = load(folder, dtype=dtype).cuda()
+    tokens_bt = torch.randint(0, CFG.vocab_size, (2, 40), generator=torch.Generator().manual_seed(5))
+    for width, widths in WIDTHS.items():
+        expected = in_place(trained, tokens_bt, widths)
+        with torch.no_grad():
+            first = model(tokens_bt[:, :37].cuda(), width=width, use_cache=True)
+            pieces, past = [first.logits], first.past_key_values
+            for t in range(37, 40):
+                pieces.append(model(tokens_bt[:, t : t + 1].cuda(), width=width, past_key_values=past).logits)
+        found = torch.cat(pieces, dim=1).cpu()
+        assert relative(found, expected) < (5e-3 if dtype == torch.float32 else 5e-2), width

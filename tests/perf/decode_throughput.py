@@ -234,6 +234,9 @@ def measure_width(
     """One row for each batch, each side's model built once."""
     cfg = models["ours"].cfg
     name, widths = width_name(n_heads, cfg.n_heads), cfg.layer_widths(n_heads)
+    if record.is_late:
+        record.add("left_out", {"width": name, "batches": args.batches})
+        return
     decoders: dict[str, Decoder] = {key: ours(model, n_heads) for key, model in models.items()}
     part, small = cut(state, cfg, n_heads)
     difference, state_bytes = {}, {key: model.state_bytes(widths) for key, model in models.items()}
@@ -246,7 +249,7 @@ def measure_width(
     del part
     for batch in args.batches:
         if record.is_late:
-            record.add("left_out", {"width": name, "batch": batch, "why": f"--seconds {args.seconds:g} were over"})
+            record.add("left_out", {"width": name, "batches": [batch]})
             continue
         prompt_bt = torch.randint(0, cfg.vocab_size, (batch, PROMPT_TOKENS), device="cuda")
         row: dict[str, Any] = {"width": name, "batch": batch}
