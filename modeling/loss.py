@@ -45,12 +45,12 @@ def next_token_loss(
     `teacher_btd` holds the full width's final hidden states; no gradient flows into them, nor through the head into the
     teacher's logits. All ranks of tp must call.
     """
-    tp, dtype = model.tp, model.dtype
+    tp = model.tp
     hidden_md = hidden_btd.flatten(0, 1)
     teacher_md = None if teacher_btd is None else teacher_btd.detach().flatten(0, 1)
     total, next_token = _PiecewiseLoss.apply(
         hidden_md,
-        model.embedding.to(dtype),
+        model.embedding,
         targets_bt.flatten() - model.vocab.start,
         teacher_md,
         distill_weight,
@@ -104,8 +104,16 @@ def _cross_entropy_piece(
     if grad_hidden_md is not None and grad_head_vd is not None:
         write_gradient(logits_mv, local_targets_m, highest_m, sum_m, 1.0 / n_tokens)
         torch.mm(logits_mv, head_vd, out=grad_hidden_md)
-        grad_head_vd += logits_mv.T @ hidden_md
+        _add_product(grad_head_vd, logits_mv.T, hidden_md)
     return (highest_m + torch.log(sum_m) - picked_m).sum() / n_tokens
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total is float32 and a and b may be narrower: within one product, unrounded."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 class _PiecewiseLoss(torch.autograd.Function):
@@ -113,7 +121,7 @@ class _PiecewiseLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_md: Tensor,
-        head_vd: Tensor,
+        embedding_vd: Tensor,
         local_targets_m: Tensor,
         teacher_md: Tensor | None,
         distill_weight: float,
@@ -121,12 +129,12 @@ class _PiecewiseLoss(torch.autograd.Function):
         tp: TensorParallel,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        n_tokens = hidden_md.shape[0]
+        n_tokens, head_vd = hidden_md.shape[0], embedding_vd.to(hidden_md.dtype)
         # Gradients are always off in here, and needs_input_grad does not know whether they were on outside.
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
         total, next_token = torch.zeros((2, 1), device=hidden_md.device).unbind()
         grad_hidden_md = torch.empty_like(hidden_md) if needs_grad else None
-        grad_head_vd = torch.zeros(head_vd.shape, dtype=torch.float32, device=head_vd.device) if needs_grad else None
+        grad_head_vd = torch.zeros_like(embedding_vd) if needs_grad else None
         for start in range(0, n_tokens, TOKENS_PER_PIECE):
             piece = slice(start, start + TOKENS_PER_PIECE)
             if hidden_md.is_cuda and teacher_md is None:
@@ -160,7 +168,6 @@ class _PiecewiseLoss(torch.autograd.Function):
             total += loss.detach()
             next_token += ce.detach()
         ctx.save_for_backward(grad_hidden_md, grad_head_vd)
-        ctx.head_dtype = head_vd.dtype
         next_token = next_token.squeeze(0)
         ctx.mark_non_differentiable(next_token)
         return total.squeeze(0), next_token
@@ -168,5 +175,5 @@ class _PiecewiseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_md, grad_head_vd = ctx.saved_tensors
-        grad_head = (grad_head_vd * grad_total).to(ctx.head_dtype)
-        return (grad_hidden_md * grad_total).to(grad_hidden_md.dtype), grad_head, None, None, None, None, None, None
+        grad_hidden_md = (grad_hidden_md * grad_total).to(grad_hidden_md.dtype)
+        return grad_hidden_md, grad_head_vd * grad_total, None, None, None, None, None, None

@@ -19,7 +19,7 @@ from torch import Tensor
 from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_backward import scan_backward
-from modeling.ops.kernels.scan_common import time_steps
+from modeling.ops.kernels.scan_common import TimeSteps, time_steps
 from modeling.ops.kernels.scan_forward import scan_forward
 from modeling.ops.kernels.weights import gather_projection, scatter_projection
 
@@ -81,14 +81,14 @@ class _FusedMixer(torch.autograd.Function):
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
         projected = F.linear(x, projection)
         z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
-        delta, decay = time_steps(dt, weights.dt_bias, weights.A_log)
+        steps = time_steps(dt, weights.dt_bias, weights.A_log)
         keep_states = grad_enabled and not shape.recompute
-        mixed, y, states = _scan(xbc, delta, decay, weights, shape, seq_idx, keep_states=keep_states)
+        mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=keep_states)
         sums = None if total is None else total(square_sums(y, z))
         normed, sums = gated_norm_forward(y, z, weights.gated_norm, sums, n_channels=shape.n_channels, eps=shape.eps)
         out_weight = weights.out[:, :inner].to(x.dtype)
         inside = (None,) * 4 if shape.recompute else (mixed, y, states, normed)
-        ctx.save_for_backward(x, *weights, projection, projected, delta, decay, sums, out_weight, seq_idx, *inside)
+        ctx.save_for_backward(x, *weights, projection, projected, *steps, sums, out_weight, seq_idx, *inside)
         ctx.shape, ctx.total = shape, total
         return F.linear(normed, out_weight)
 
@@ -97,14 +97,16 @@ class _FusedMixer(torch.autograd.Function):
         # Read once: under torch.utils.checkpoint a second reading finds the tensors already given away.
         saved = ctx.saved_tensors
         x, weights = saved[0], MixerWeights(*saved[1:14])
-        projection, projected, delta, decay, sums, out_weight, seq_idx, *inside = saved[14:]
+        projection, projected, *steps = saved[14:19]
+        sums, out_weight, seq_idx, *inside = saved[19:]
+        steps = TimeSteps(*steps)
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         parts = [inner, inner + bc, heads]
         z, xbc, _ = projected.split(parts, dim=-1)
         if shape.recompute:
-            mixed, y, states = _scan(xbc, delta, decay, weights, shape, seq_idx, keep_states=True)
+            mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=True)
             normed, _ = gated_norm_forward(y, z, weights.gated_norm, sums, n_channels=shape.n_channels, eps=shape.eps)
         else:
             mixed, y, states, normed = inside
@@ -124,8 +126,7 @@ class _FusedMixer(torch.autograd.Function):
         grad_mixed, grad_A_log, grad_bias, grad_D = scan_backward(
             grad_y,
             mixed,
-            delta,
-            decay,
+            steps,
             states,
             weights.A_log,
             weights.D,
@@ -158,8 +159,7 @@ class _FusedMixer(torch.autograd.Function):
 
 def _scan(
     xbc: Tensor,
-    delta: Tensor,
-    decay: Tensor,
+    steps: TimeSteps,
     weights: MixerWeights,
     shape: Shape,
     seq_idx: Tensor | None,
@@ -170,8 +170,7 @@ def _scan(
     mixed = conv_forward(xbc, _taps(weights), seq_idx)
     y, states = scan_forward(
         mixed,
-        delta,
-        decay,
+        steps,
         weights.D,
         heads=shape.heads,
         headdim=shape.headdim,

@@ -12,19 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modeling.ops.kernels.fast_math import sigmoid
+
 THREADS = 132 * 2048
 """What an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
+BYTES_AHEAD = 2**16
+"""Shared memory that backward may fill with the rows to come."""
 
 
 @triton.jit
 def _gate(y_ptr, z_ptr, z_stride, row, column, mask, I):
     y = tl.load(y_ptr + row[:, None] * I + column[None, :], mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + row[:, None] * z_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return y, z, tl.sigmoid(z)
+    return y, z, sigmoid(z)
 
 
 @triton.jit
-def _square_sums(y_ptr, z_ptr, z_stride, sums_ptr, rows, I, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_square_sums(y_ptr, z_ptr, z_stride, sums_ptr, rows, I, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < I)[None, :]
@@ -34,7 +38,7 @@ def _square_sums(y_ptr, z_ptr, z_stride, sums_ptr, rows, I, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _forward(
+def _gated_forward(
     y_ptr, z_ptr, z_stride, weight_ptr, sums_ptr, out_ptr, rows, I, channels, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, OWN_SUM: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +58,9 @@ def _forward(
 
 
 @triton.jit
-def _row_dots(grad_ptr, y_ptr, z_ptr, z_stride, weight_ptr, dots_ptr, rows, I, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_row_dots(
+    grad_ptr, y_ptr, z_ptr, z_stride, weight_ptr, dots_ptr, rows, I, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < I)[None, :]
@@ -65,15 +71,15 @@ def _row_dots(grad_ptr, y_ptr, z_ptr, z_stride, weight_ptr, dots_ptr, rows, I, R
 
 
 @triton.jit
-def _backward(
+def _gated_backward(
     grad_ptr, y_ptr, z_ptr, z_stride, weight_ptr, sums_ptr, dots_ptr, grad_y_ptr, grad_z_ptr, grad_z_stride,
     grad_weight_ptr, rows, I, channels, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, OWN_SUM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OWN_SUM: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < I, other=0.0)
     grad_weight = tl.zeros([BLOCK], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (column < I)[None, :]
         y, z, sigma = _gate(y_ptr, z_ptr, z_stride, row, column, mask, I)
@@ -107,7 +113,7 @@ def square_sums(y_bti: Tensor, z_bti: Tensor) -> Tensor:
     b, t, i = y_bti.shape
     sums = torch.empty(b, t, dtype=torch.float32, device=y_bti.device)
     programs, shape = _shape(b * t, i)
-    _square_sums[(programs,)](y_bti, z_bti, z_bti.stride(1), sums, b * t, i, **shape)
+    _gated_square_sums[(programs,)](y_bti, z_bti, z_bti.stride(1), sums, b * t, i, **shape)
     return sums
 
 
@@ -119,7 +125,7 @@ def gated_norm_forward(
     out = torch.empty_like(y_bti)
     sums = torch.empty(b, t, dtype=torch.float32, device=y_bti.device) if total_bt is None else total_bt
     programs, shape = _shape(b * t, i)
-    _forward[(programs,)](
+    _gated_forward[(programs,)](
         y_bti, z_bti, z_bti.stride(1), weight_i, sums, out, b * t, i, n_channels, eps,
         **shape, OWN_SUM=total_bt is None,
     )  # fmt: skip
@@ -131,7 +137,7 @@ def row_dots(grad_bti: Tensor, y_bti: Tensor, z_bti: Tensor, weight_i: Tensor) -
     b, t, i = y_bti.shape
     dots = torch.empty(b, t, dtype=torch.float32, device=y_bti.device)
     programs, shape = _shape(b * t, i)
-    _row_dots[(programs,)](grad_bti, y_bti, z_bti, z_bti.stride(1), weight_i, dots, b * t, i, **shape)
+    _gated_row_dots[(programs,)](grad_bti, y_bti, z_bti, z_bti.stride(1), weight_i, dots, b * t, i, **shape)
     return dots
 
 
@@ -155,9 +161,11 @@ def gated_norm_backward(
     grad_y = torch.empty_like(y_bti)
     blocks, shape = _shape(b * t, i)
     programs = min(blocks, THREADS // (32 * shape["num_warps"]))
+    row_bytes = 3 * shape["BLOCK"] * y_bti.element_size()
+    stages = max(1, min(4, BYTES_AHEAD // row_bytes + 1))
     grad_weight = torch.empty(programs, i, dtype=torch.float32, device=y_bti.device)
-    _backward[(programs,)](
+    _gated_backward[(programs,)](
         grad_bti, y_bti, z_bti, z_bti.stride(1), weight_i, sums_bt, dots_bt, grad_y, grad_z_bti, grad_z_bti.stride(1),
-        grad_weight, b * t, i, n_channels, eps, **shape, OWN_SUM=dots_bt is None,
+        grad_weight, b * t, i, n_channels, eps, **shape, STAGES=stages, OWN_SUM=dots_bt is None,
     )  # fmt: skip
     return grad_y, grad_weight.sum(0)

@@ -12,7 +12,7 @@ THREADS = 132 * 2048
 
 
 @triton.jit
-def _forward(
+def _residual_forward(
     x_ptr, branch_ptr, weight_ptr, sum_ptr, out_ptr, scale_ptr, rows, width, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _residual_backward(
     grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, scale_ptr, grad_x_ptr, grad_branch_ptr, grad_weight_ptr, rows, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, ONWARD: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def residual_norm_forward(
     out = torch.empty(x_md.shape, dtype=dtype, device=x_md.device)
     scale = torch.empty(x_md.shape[:-1], dtype=torch.float32, device=x_md.device)
     programs, shape = _shape(n_tokens, d)
-    _forward[(programs,)](
+    _residual_forward[(programs,)](
         x_md, branch_md, weight_d, total, out, scale, n_tokens, d, eps, **shape, BRANCH=branch_md is not None
     )
     return total, out, scale
@@ -98,7 +98,7 @@ def residual_norm_backward(
     blocks, shape = _shape(n_tokens, d)
     programs = min(blocks, THREADS // (32 * shape["num_warps"]))
     grad_weight = torch.empty(programs, d, dtype=torch.float32, device=x_md.device)
-    _backward[(programs,)](
+    _residual_backward[(programs,)](
         grad_md, grad_sum_md, x_md, weight_d, scale_m, grad_x, grad_branch, grad_weight, n_tokens, d,
         **shape, BRANCH=branch_dtype is not None, ONWARD=grad_sum_md is not None,
     )  # fmt: skip

@@ -1,23 +1,43 @@
 """What the scan's kernels share: time steps after bias and softplus, and how far each step's state reaches.
 
-Letters: b batch, t time, h heads. Per chunk, `decay` is the running sum of delta * A from the chunk's first step on.
+Letters: b batch, t time, h heads. Exponents are in units of log 2. Per chunk, `decay` is the running sum of delta * A from
+the chunk's first step on, and `source` is decay - log2(delta): a step s reaches step l times delta_s as
+2^(decay_l - source_s).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from modeling.ops.kernels.fast_math import LOG2_E, exp
 from modeling.ops.kernels.tiles import CHUNK, chunks_of
 
 HEADS_AT_ONCE = 16
+SMALLEST = tl.constexpr(2.0**-126)
+REACH = tl.constexpr(24.0)
+"""Bound of log2(delta) and of how far a step reaches: it keeps the exponents of steps that must not meet finite, whose
+products are masked away afterwards."""
+
+
+class TimeSteps(NamedTuple):
+    """Float32, shape b h t, with t filled up to whole chunks by steps of delta = 0."""
+
+    delta: Tensor
+    """softplus(dt + bias)."""
+    decay: Tensor
+    """Running sum of delta A / log 2 from each chunk's first step on."""
+    source: Tensor
+    """decay - log2(delta), of at least the smallest normal delta."""
 
 
 @triton.jit
 def _time_steps(
-    dt_ptr, row_stride, bias_ptr, A_log_ptr, delta_ptr, decay_ptr, T, H, padded,
+    dt_ptr, row_stride, bias_ptr, A_log_ptr, delta_ptr, decay_ptr, source_ptr, T, H, padded,
     CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -32,10 +52,18 @@ def _time_steps(
     u = 1.0 + small
     log1p = tl.where(u == 1.0, small, tl.log(u) * (small / tl.where(u == 1.0, 1.0, u - 1.0)))
     delta = tl.where(mask, tl.maximum(raw, 0.0) + log1p, 0.0)
-    decay = tl.cumsum(delta * -tl.exp(tl.load(A_log_ptr + h, mask=live, other=0.0))[None, :], axis=0)
+    rate = -LOG2_E * exp(tl.load(A_log_ptr + h, mask=live, other=0.0))
+    decay = tl.cumsum(delta * rate[None, :], axis=0)
     place = (b * H + h)[None, :] * padded + t[:, None]
     tl.store(delta_ptr + place, delta, mask=live[None, :] & (t >= 0)[:, None])
     tl.store(decay_ptr + place, decay, mask=live[None, :] & (t >= 0)[:, None])
+    tl.store(source_ptr + place, decay - tl.log2(tl.maximum(delta, SMALLEST)), mask=live[None, :] & (t >= 0)[:, None])
+
+
+@triton.jit
+def reach(decay_l, source_s):
+    """delta_s e^(a_l - a_s) of every two steps of a chunk; finite but meaningless where s is after l."""
+    return tl.exp2(tl.minimum(decay_l[:, None] - source_s[None, :], REACH))
 
 
 @triton.jit
@@ -53,21 +81,20 @@ def chunk_documents(seq_ptr, b, c, T, CHUNK: tl.constexpr, DOCS: tl.constexpr):
         keep = (doc_before == doc_end).to(tl.float32)
     else:
         doc = l * 0
-        from_before = l.to(tl.float32) * 0.0 + 1.0
+        from_before = tl.full([CHUNK], 1.0, tl.float32)
         to_end = from_before
         keep = 1.0
     return doc, from_before, to_end, keep
 
 
-def time_steps(dt_bth: Tensor, dt_bias_h: Tensor, A_log_h: Tensor) -> tuple[Tensor, Tensor]:
-    """delta = softplus(dt + bias) and its running sum with A in each chunk: float32, shape b h t, t filled up to whole
-    chunks with delta = 0. `dt_bth` may be a slice of wider rows; bias and A_log may have more heads than it."""
+def time_steps(dt_bth: Tensor, dt_bias_h: Tensor, A_log_h: Tensor) -> TimeSteps:
+    """`dt_bth` may be a slice of wider rows; bias and A_log may have more heads than it."""
     b, t, h = dt_bth.shape
     padded = chunks_of(t) * CHUNK
-    delta, decay = torch.empty(2, b, h, padded, dtype=torch.float32, device=dt_bth.device).unbind()
+    steps = TimeSteps(*torch.empty(3, b, h, padded, dtype=torch.float32, device=dt_bth.device).unbind())
     grid = (chunks_of(t), triton.cdiv(h, HEADS_AT_ONCE), b)
     _time_steps[grid](
-        dt_bth, dt_bth.stride(1), dt_bias_h, A_log_h, delta, decay, t, h, padded,
+        dt_bth, dt_bth.stride(1), dt_bias_h, A_log_h, *steps, t, h, padded,
         CHUNK=CHUNK, HEADS_AT_ONCE=HEADS_AT_ONCE, num_warps=4,
     )  # fmt: skip
-    return delta, decay
+    return steps

@@ -15,75 +15,88 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.ops.kernels.scan_common import chunk_documents
-from modeling.ops.kernels.tiles import CHUNK, Tiles, chunks_of, launch_of
+from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, reach
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, launch_of
+
+
+@triton.jit
+def _one_head(
+    mixed, decays, sources, D_ptr, y, states, head, H, row_width, B, C, scores, state, inside, from_before, to_end, keep,
+    padded,
+    N: tl.constexpr, CHUNK: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Write one head's part of a chunk; the pointers are to the chunk's first step. Returns the state after it."""
+    l = tl.arange(0, CHUNK)
+    n = tl.arange(0, N)
+    p = tl.arange(0, COLUMNS)
+    live = p < tl.where(head < H, HEADDIM, 0)
+    mask = inside[:, None] & live[None, :]
+    x = tl.load(mixed + head * HEADDIM + l[:, None] * row_width + p[None, :], mask=mask, other=0.0)
+    # Beyond the last head everything is zero and nothing is stored: any head's decay will do for it.
+    owned = tl.minimum(head, H - 1)
+    steps = owned * padded
+    decay = tl.load(decays + steps + l)
+    source = tl.load(sources + steps + l)
+    end = tl.load(decays + steps + CHUNK - 1)
+    low = state.to(x.dtype)
+    if KEEP:
+        kept = states + head * (N * HEADDIM) + n[:, None] * HEADDIM + p[None, :]
+        tl.store(kept, low, mask=(n >= 0)[:, None] & live[None, :])
+    out = tl.dot(C, low, input_precision="ieee") * (tl.exp2(decay) * from_before)[:, None]
+    out = tl.dot((scores * reach(decay, source)).to(x.dtype), x, out, input_precision="ieee")
+    x32 = x.to(tl.float32)
+    out += tl.load(D_ptr + owned) * x32
+    tl.store(y + head * HEADDIM + l[:, None] * (H * HEADDIM) + p[None, :], out.to(y.dtype.element_ty), mask=mask)
+    sent = (x32 * (tl.exp2(end - source) * to_end)[:, None]).to(x.dtype)
+    return tl.dot(tl.trans(B), sent, state * (tl.exp2(end) * keep), input_precision="ieee")
 
 
 @triton.jit
 def _scan_forward(
-    mixed_ptr, delta_ptr, decay_ptr, D_ptr, seq_ptr, y_ptr, states_ptr, T, H, n_chunks,
+    mixed_ptr, decay_ptr, source_ptr, D_ptr, seq_ptr, y_ptr, states_ptr, T, H, n_chunks,
     N: tl.constexpr, CHUNK: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
     DOCS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * HEADS
+    head = tl.program_id(0) * HEADS
     b = tl.program_id(1).to(tl.int64)
-    place: tl.constexpr = COLUMNS // HEADS
-    column = tl.arange(0, COLUMNS)
-    slot = column // place
-    head = first + slot
-    live = (column % place < HEADDIM) & (head < H)
-    channel = head * HEADDIM + column % place
     inner = H * HEADDIM
     row_width = inner + 2 * N
+    padded = n_chunks * CHUNK
     l = tl.arange(0, CHUNK)
     n = tl.arange(0, N)
-    D = tl.load(D_ptr + head, mask=live, other=0.0)
     state = tl.zeros([N, COLUMNS], tl.float32)
+    other = state
+    decay_ptr += b * H * padded
+    source_ptr += b * H * padded
     for c in range(n_chunks):
-        t = c * CHUNK + l
-        inside = t < T
-        row = mixed_ptr + (b * T + t)[:, None] * row_width
-        x = tl.load(row + channel[None, :], mask=inside[:, None] & live[None, :], other=0.0)
-        B = tl.load(row + inner + n[None, :], mask=inside[:, None], other=0.0)
-        C = tl.load(row + inner + N + n[None, :], mask=inside[:, None], other=0.0)
+        first = b * T + c * CHUNK
+        mixed = mixed_ptr + first * row_width
+        y = y_ptr + first * inner
+        # Where no state is kept none is written: any pointer will do.
+        states = states_ptr + (b * n_chunks + c) * H * (N * HEADDIM) if KEEP else y
+        decays = decay_ptr + c * CHUNK
+        sources = source_ptr + c * CHUNK
+        inside = l < T - c * CHUNK
+        row = mixed + inner + l[:, None] * row_width + n[None, :]
+        B = tl.load(row, mask=inside[:, None], other=0.0)
+        C = tl.load(row + N, mask=inside[:, None], other=0.0)
         doc, from_before, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
         visible = (l[:, None] >= l[None, :]) & (doc[:, None] == doc[None, :])
-
-        if KEEP:
-            kept = states_ptr + (b * n_chunks + c) * H * N * HEADDIM + n[:, None] * HEADDIM
-            kept += (head * N * HEADDIM + column % place)[None, :]
-            tl.store(kept, state.to(states_ptr.dtype.element_ty), mask=(n >= 0)[:, None] & live[None, :])
-        scores = tl.dot(C, tl.trans(B), input_precision="ieee")
-        carried = tl.dot(C, state.to(C.dtype), input_precision="ieee")
-        within = tl.zeros([CHUNK, COLUMNS], tl.float32)
-        into = tl.zeros([CHUNK, COLUMNS], tl.float32)
-        add = tl.zeros([CHUNK, COLUMNS], tl.float32)
-        shrink = tl.zeros([COLUMNS], tl.float32)
-        for g in tl.static_range(HEADS):
-            # A place beyond the last head holds zeros and is never stored: any head's decay will do for it.
-            steps = (b * H + tl.minimum(first + g, H - 1)) * (n_chunks * CHUNK) + c * CHUNK
-            a = tl.load(decay_ptr + steps + l)
-            delta = tl.load(delta_ptr + steps + l)
-            a_end = tl.load(decay_ptr + steps + CHUNK - 1)
-            gap = tl.where(visible, a[:, None] - a[None, :], float("-inf"))
-            weights = (scores * tl.exp(gap) * delta[None, :]).to(x.dtype)
-            mine = slot[None, :] == g
-            xg = x if HEADS == 1 else tl.where(mine, x, tl.zeros_like(x))
-            within = tl.dot(weights, xg, within, input_precision="ieee")
-            into = tl.where(mine, (tl.exp(a) * from_before)[:, None], into)
-            add = tl.where(mine, (tl.exp(a_end - a) * delta * to_end)[:, None], add)
-            shrink = tl.where(slot == g, tl.exp(a_end) * keep, shrink)
-        y = within + carried * into + D[None, :] * x.to(tl.float32)
-        out = y_ptr + (b * T + t)[:, None] * inner + channel[None, :]
-        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & live[None, :])
-        state = state * shrink[None, :]
-        state = tl.dot(tl.trans(B), (x.to(tl.float32) * add).to(x.dtype), state, input_precision="ieee")
+        scores = tl.where(visible, tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
+        state = _one_head(
+            mixed, decays, sources, D_ptr, y, states, head, H, row_width, B, C, scores, state, inside,
+            from_before, to_end, keep, padded, N, CHUNK, HEADDIM, COLUMNS, KEEP,
+        )  # fmt: skip
+        if HEADS == 2:
+            other = _one_head(
+                mixed, decays, sources, D_ptr, y, states, head + 1, H, row_width, B, C, scores, other, inside,
+                from_before, to_end, keep, padded, N, CHUNK, HEADDIM, COLUMNS, KEEP,
+            )  # fmt: skip
 
 
 def scan_forward(
     mixed_btc: Tensor,
-    delta_bht: Tensor,
-    decay_bht: Tensor,
+    steps: TimeSteps,
     D_h: Tensor,
     *,
     heads: int,
@@ -96,15 +109,16 @@ def scan_forward(
     b, t, width = mixed_btc.shape
     h, inner = heads, heads * headdim
     n = (width - inner) // 2
-    tiles, n_chunks = Tiles.of(headdim), chunks_of(t)
+    columns, n_chunks = columns_of(headdim), chunks_of(t)
     y = torch.empty(b, t, inner, dtype=mixed_btc.dtype, device=mixed_btc.device)
     states = (
         torch.empty(b, n_chunks, h, n, headdim, dtype=mixed_btc.dtype, device=mixed_btc.device) if keep_states else None
     )
-    _scan_forward[(tiles.count(h), b)](
-        mixed_btc, delta_bht, decay_bht, D_h, seq_idx_bt, y, states, t, h, n_chunks,
-        N=n, CHUNK=CHUNK, HEADDIM=headdim, COLUMNS=tiles.columns, HEADS=tiles.heads,
+    launch = launch_of("scan_forward", columns, mixed_btc.dtype)
+    _scan_forward[(triton.cdiv(h, launch["HEADS"]), b)](
+        mixed_btc, steps.decay, steps.source, D_h, seq_idx_bt, y, states, t, h, n_chunks,
+        N=n, CHUNK=CHUNK, HEADDIM=headdim, COLUMNS=columns,
         DOCS=seq_idx_bt is not None, KEEP=keep_states,
-        **launch_of("scan_forward", tiles.place, mixed_btc.dtype),
+        **launch,
     )  # fmt: skip
     return y, states

@@ -1,13 +1,10 @@
-"""How heads lie in the tiles of the scan kernels, and what those kernels can take.
+"""The tiles of the scan kernels, how each kernel is launched, and what they can take.
 
-A tile is as wide as `columns` channels and holds `heads` whole heads, each in `columns // heads` places of which the
-first headdim are used: two heads of 24 or 32 share a tile of 64, a head of 48 or 64 has one to itself. Triton's shapes
-are powers of two, so a head of 24 or 48 leaves a quarter of its places empty; they cost arithmetic, never bytes.
+A tile holds one head's channels. Triton's shapes are powers of two, so a head of 24 or 48 leaves a quarter of its tile
+empty; that costs arithmetic, never bytes.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,54 +12,39 @@ import triton
 CHUNK = 64
 """Steps that one tile of the scan covers. Element-wise work a step grows with it, state traffic falls with it; 64 is
 what the matrix units take in one instruction."""
-MIN_COLUMNS = 32
-"""Narrowest tile. Measured on an H200 at headdim 24: tiles of one head beat tiles of two, 44 ms a step against 53."""
 MAX_HEADDIM = 64
 STATES = (16, 32, 64, 128)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Geometry of one scan: passed to every kernel as compile-time constants."""
-
-    headdim: int
-    columns: int
-    """Channels a tile has room for."""
-    heads: int
-    """Heads a tile holds."""
-
-    @property
-    def place(self) -> int:
-        """Channels there is room for in one head's place."""
-        return self.columns // self.heads
-
-    @classmethod
-    def of(cls, headdim: int) -> Tiles:
-        """The geometry for this headdim."""
-        place = max(16, triton.next_power_of_2(headdim))
-        columns = max(MIN_COLUMNS, place)
-        return cls(headdim, columns, columns // place)
-
-    def count(self, n_heads: int) -> int:
-        """Tiles that `n_heads` heads fill."""
-        return triton.cdiv(n_heads, self.heads)
+def columns_of(headdim: int) -> int:
+    """Width of a head's tile: room for its channels, at least what a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(headdim))
 
 
 LAUNCH: dict[str, dict[int, dict[str, int]]] = {
-    "scan_forward": {32: {"num_warps": 4, "num_stages": 2}, 64: {"num_warps": 4, "num_stages": 2}},
-    "state_gradients": {32: {"num_warps": 4, "num_stages": 2}, 64: {"num_warps": 4, "num_stages": 2}},
+    "scan_forward": {
+        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2},
+        64: {"HEADS": 1, "num_warps": 4, "num_stages": 2},
+    },
+    "state_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
     "inputs_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
-    "group_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
+    "group_gradients": {
+        32: {"num_warps": 4, "num_stages": 3, "maxnreg": 128},
+        64: {"num_warps": 8, "num_stages": 3},
+    },
 }
-"""How each kernel is launched, by the channels of a head's place. Fixed, so that no run starts by tuning; the best of a
-sweep over warps, stages and register limits on an H200 (tests/perf/kernels.py). Never one stage in bfloat16: Triton 3.6
-then reads shared memory out of bounds at headdim 24 (found by compute-sanitizer)."""
+"""How each kernel is launched, by the width of its tile; HEADS are those that one program of the scan walks side by side.
+Fixed, so that no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H200
+(`python -m tests.perf.kernels --sweep`). Never one stage in bfloat16: Triton 3.6 then reads shared memory out of bounds
+at headdim 24 (found by compute-sanitizer)."""
 
 
-def launch_of(kernel: str, place: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and pipeline stages; float32 tiles are twice as large and leave no room for a second stage."""
-    chosen = LAUNCH[kernel][max(32, place)]
-    return {"num_warps": chosen["num_warps"], "num_stages": 1} if dtype == torch.float32 else chosen
+def launch_of(kernel: str, columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """What to launch with; float32 tiles are twice as large and leave no room for a second stage or a second head."""
+    chosen = LAUNCH[kernel][max(32, columns)]
+    if dtype != torch.float32:
+        return chosen
+    return {"num_warps": 4, "num_stages": 1, **({"HEADS": 1} if "HEADS" in chosen else {})}
 
 
 def refusal(headdim: int, d_state: int, d_conv: int) -> str | None:

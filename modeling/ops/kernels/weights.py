@@ -14,7 +14,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _gather(z_ptr, x_ptr, bc_ptr, dt_ptr, out_ptr, inner, bc, width, BLOCK: tl.constexpr):
+def _gather_projection(z_ptr, x_ptr, bc_ptr, dt_ptr, out_ptr, inner, bc, width, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < width
@@ -31,7 +31,7 @@ def _gather(z_ptr, x_ptr, bc_ptr, dt_ptr, out_ptr, inner, bc, width, BLOCK: tl.c
 
 
 @triton.jit
-def _scatter(grad_ptr, out_ptr, inner, heads, full_inner, bc, full_heads, width, BLOCK: tl.constexpr):
+def _scatter_projection(grad_ptr, out_ptr, inner, heads, full_inner, bc, full_heads, width, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < width
@@ -55,7 +55,7 @@ def gather_projection(
     inner, bc, width = heads * headdim, bc_cd.shape[0], z_id.shape[1]
     rows = 2 * inner + bc + heads
     out = torch.empty(rows, width, dtype=dtype, device=z_id.device)
-    _gather[(rows, triton.cdiv(width, BLOCK))](z_id, x_id, bc_cd, dt_hd, out, inner, bc, width, BLOCK=BLOCK)
+    _gather_projection[(rows, triton.cdiv(width, BLOCK))](z_id, x_id, bc_cd, dt_hd, out, inner, bc, width, BLOCK=BLOCK)
     return out
 
 
@@ -67,7 +67,7 @@ def scatter_projection(
     full_inner = full_heads * headdim
     rows = [full_inner, full_inner, bc, full_heads]
     out = torch.empty(sum(rows), width, dtype=torch.float32, device=grad_ed.device)
-    _scatter[(sum(rows), triton.cdiv(width, BLOCK))](
+    _scatter_projection[(sum(rows), triton.cdiv(width, BLOCK))](
         grad_ed, out, heads * headdim, heads, full_inner, bc, full_heads, width, BLOCK=BLOCK
     )
     z, x, bc_grad, dt = out.split(rows)

@@ -1,0 +1,245 @@
+"""Time, bytes, FLOPs and distance to its floor of each kernel of a joint training step, on one GPU.
+
+    python -m tests.perf.kernels 130m 1b4 [--layers 4] [--out docs/benchmarks/kernels_h200.json]
+    python -m tests.perf.kernels 130m 1b4 --sweep
+
+Runs the forward and backward passes of all four widths through a few layers of the paper's model at its micro-batch under
+torch's profiler. A kernel's floor is the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it
+must do over the measured rate of an 8192-cubed bfloat16 product: every tensor read or written once, matrix work under the
+causal mask counted by half. `--sweep` times the scan's kernels at other launch settings than `tiles.LAUNCH`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from modeling.language import LanguageModel
+from modeling.loss import next_token_loss
+from modeling.ops.kernels import tiles
+from pretrain.provenance import git_commit
+from tests.perf.compare_reference import LEVELS, SEQUENCE, SIZES, VOCAB, config_of, matmul_rate, seconds
+
+Needs = tuple[float, float]
+"""Bytes and FLOPs."""
+
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "scan_forward": [
+        {"HEADS": heads, "num_warps": warps, "num_stages": stages, **limit}
+        for heads, warps, stages, limit in [
+            (1, 4, 2, {}),
+            (1, 4, 3, {}),
+            (1, 4, 2, {"maxnreg": 168}),
+            (1, 8, 2, {}),
+            (1, 8, 2, {"maxnreg": 128}),
+            (2, 4, 2, {}),
+            (2, 4, 3, {}),
+            (2, 8, 2, {}),
+        ]
+    ],
+    **{
+        kernel: [
+            {"num_warps": warps, "num_stages": stages, **limit}
+            for warps, stages, limit in [
+                (4, 2, {}),
+                (4, 3, {}),
+                (4, 4, {}),
+                (4, 3, {"maxnreg": 168}),
+                (4, 3, {"maxnreg": 128}),
+                (4, 4, {"maxnreg": 128}),
+                (8, 3, {}),
+                (8, 3, {"maxnreg": 128}),
+            ]
+        ]
+        for kernel in ("state_gradients", "inputs_gradients", "group_gradients")
+    },
+}
+
+
+def needs(name: str, level: int) -> dict[str, Needs]:
+    """Least bytes and FLOPs of one layer's kernels at a width, bfloat16 activations; of the head's for the whole model."""
+    cfg = config_of(name)
+    m, d, n, v = SIZES[name][2] * SEQUENCE, cfg.d_model, cfg.d_state, cfg.n_vocab_rows
+    h = cfg.n_heads // level
+    i = h * cfg.headdim
+    chunk = tiles.CHUNK
+    states = m / chunk * i * n * 2
+    rows, full_rows = 2 * i + 2 * n + h, 2 * cfg.d_inner + 2 * n + cfg.n_heads
+    return {
+        "_time_steps": (m * h * 14, 0),
+        "_gather_projection": (rows * d * 6, 0),
+        "_scatter_projection": (rows * d * 2 + full_rows * d * 4, 0),
+        "_conv_forward": (m * (i + 2 * n) * 4, 0),
+        "_conv_backward": (m * (i + 2 * n) * 6, 0),
+        "_scan_forward": (m * (4 * i + 4 * n + 8 * h) + states, m * (4 * i * n + chunk * (i + n))),
+        "_state_gradients": (m * (2 * i + 2 * n + 8 * h) + 2 * states, 4 * m * i * n),
+        "_inputs_gradients": (m * (6 * i + 4 * n + 24 * h) + states, m * (2 * i * n + chunk * (2 * i + n))),
+        "_group_gradients": (m * (4 * i + 8 * n + 8 * h) + 2 * states, m * (4 * i * n + 2 * chunk * n)),
+        "_rate_gradients": (m * h * 26, 0),
+        "_gated_forward": (m * i * 6, 0),
+        "_gated_backward": (m * i * 10, 0),
+        "_residual_forward": (m * d * 12, 0),
+        "_residual_backward": (m * d * 16, 0),
+        "_softmax_statistics": (m * v * 2, 0),
+        "_softmax_gradient": (m * v * 4, 0),
+        "products of the layer": (0, 6 * m * d * (rows + i)),
+        "products of the head": (0, 6 * m * d * v),
+    }
+
+
+OF_THE_HEAD = ("_softmax_statistics", "_softmax_gradient", "products of the head")
+
+
+def step_of(name: str, layers: int) -> Callable[[], None]:
+    """A joint forward and backward pass of the model with `layers` layers."""
+    cfg = replace(config_of(name), n_layers=layers)
+    with torch.device("meta"):
+        model = LanguageModel(cfg, dtype=torch.bfloat16)
+    model = model.to_empty(device="cuda")
+    model.init_weights(0)
+    tokens_bt = torch.randint(0, VOCAB, (SIZES[name][2], SEQUENCE + 1), device="cuda")
+
+    def run() -> None:
+        for level in LEVELS:
+            hidden_btd = model(tokens_bt[:, :-1], cfg.layer_widths(cfg.n_heads // level))
+            next_token_loss(model, hidden_btd, tokens_bt[:, 1:]).total.backward()
+
+    return run
+
+
+def kernel_seconds(run: Callable[[], None], steps: int) -> dict[str, float]:
+    """GPU seconds of each kernel in one call of `run`, by name; the matrix products of cuBLAS and cutlass as one."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+    total: dict[str, float] = defaultdict(float)
+    for event in recorded.key_averages():
+        is_product = any(word in event.key for word in ("gemm", "nvjet", "cutlass", "splitK"))
+        total["products" if is_product else event.key] += event.self_device_time_total / 1e6 / steps
+    return dict(total)
+
+
+def table(name: str, layers: int, steps: int, rate: float, bandwidth: float) -> list[dict[str, Any]]:
+    """One row a kernel, the slowest first; what we did not write is summed as `others`."""
+    measured = kernel_seconds(step_of(name, layers), steps)
+    least: dict[str, Needs] = defaultdict(lambda: (0.0, 0.0))
+    for level in LEVELS:
+        for kernel, (n_bytes, flops) in needs(name, level).items():
+            times = 1 if kernel in OF_THE_HEAD else layers
+            key = "products" if kernel.startswith("products") else kernel
+            least[key] = (least[key][0] + times * n_bytes, least[key][1] + times * flops)
+    rows = []
+    for kernel, (n_bytes, flops) in least.items():
+        floor = max(n_bytes / bandwidth, flops / rate)
+        taken = measured.pop(kernel, 0.0)
+        rows.append(
+            {"kernel": kernel, "ms": taken * 1e3, "gb": n_bytes / 1e9, "tflop": flops / 1e12, "floor_ms": floor * 1e3}
+        )
+    rows.append({"kernel": "others", "ms": sum(measured.values()) * 1e3, "gb": 0.0, "tflop": 0.0, "floor_ms": 0.0})
+    for row in rows:
+        row.update(model=name, layers=layers, of_floor=row["ms"] / row["floor_ms"] if row["floor_ms"] else None)
+    others = sorted(measured.items(), key=lambda item: -item[1])[:8]
+    print("others:", ", ".join(f"{kernel[:60]} {t * 1e3:.2f} ms" for kernel, t in others))
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _use(columns: int, index: int) -> None:
+    for kernel, choices in CANDIDATES.items():
+        tiles.LAUNCH[kernel][columns] = choices[index]
+
+
+def _compile(name: str, index: int) -> None:
+    """Fill Triton's cache."""
+    _use(max(32, tiles.columns_of(config_of(name).headdim)), index)
+    with contextlib.suppress(Exception):  # a setting that does not launch is reported when it is timed
+        step_of(name, 1)()
+        torch.cuda.synchronize()
+
+
+def sweep(name: str) -> None:
+    """Print each scan kernel's time under each of its candidates, one layer of a joint step, best of three."""
+    columns = max(32, tiles.columns_of(config_of(name).headdim))
+    n_candidates = len(CANDIDATES["scan_forward"])
+    workers = [
+        multiprocessing.get_context("spawn").Process(target=_compile, args=(name, i)) for i in range(n_candidates)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for index in range(n_candidates):
+        _use(columns, index)
+        try:
+            run = step_of(name, 1)
+            times = [kernel_seconds(run, 2) for _ in range(3)]
+        except Exception as error:  # out of shared memory or registers: this setting is out
+            print(f"{name} {index}: {str(error)[:200]}", flush=True)
+            continue
+        for kernel, choices in CANDIDATES.items():
+            print(f"{name} {kernel} {choices[index]}: {min(t['_' + kernel] for t in times) * 1e3:.3f} ms", flush=True)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy."""
+    a = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / seconds(lambda: b.copy_(a), 20, 5)  # type: ignore[arg-type,return-value]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=SIZES)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA GPU: this benchmark needs one")
+    if args.sweep:
+        for name in args.models:
+            sweep(name)
+        return
+    rate, bandwidth = matmul_rate(), copy_bandwidth()
+    print(f"product {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
+    rows: list[dict[str, Any]] = []
+    for name in args.models:
+        mine = table(name, args.layers, args.steps, rate, bandwidth)
+        rows += mine
+        print(
+            f"\n{name}, {args.layers} layers\n| kernel | ms | GB | TFLOP | floor ms | times the floor |\n|---|---|---|---|---|---|"
+        )
+        for row in mine:
+            ratio = f"{row['of_floor']:.2f}" if row["of_floor"] else ""
+            print(
+                f"| {row['kernel']} | {row['ms']:.2f} | {row['gb']:.1f} | {row['tflop']:.2f} | {row['floor_ms']:.2f} | {ratio} |"
+            )
+        print(f"whole step {sum(row['ms'] for row in mine):.1f} ms", flush=True)
+    if args.out is not None:
+        record = {
+            "device": torch.cuda.get_device_name(),
+            "commit": git_commit(),
+            "torch": torch.__version__,
+            "product_flop_s": rate,
+            "copy_bytes_s": bandwidth,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
