@@ -99,6 +99,10 @@ class KeptSteps:
             while len(self._kept) > self._max_kept or self.n_bytes > self._max_bytes:
                 self._kept.popitem(last=False)
 
+    def clear(self) -> None:
+        """Let go of all that is not borrowed."""
+        self._kept.clear()
+
     @property
     def n_kept(self) -> int:
         """How many are kept and not borrowed."""
