@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +108,26 @@ class Reader:
             self.files: list[dict[str, Any]] = self.manifest["files"]
             self._pieces: dict[str, list[tuple[str, Piece]]] = {}
             for entry in self.files:
+                if Path(entry["file"]).name != entry["file"]:
+                    raise ValueError(f"file {entry['file'][:80]!r}, which is not the name of one in this folder")
                 for piece in entry["pieces"]:
                     self._pieces.setdefault(piece["name"], []).append((entry["file"], Piece(**piece)))
-            self.shapes = {name: tuple(shape) for name, shape in self.manifest["shapes"].items()}
-        except (KeyError, TypeError, ValueError) as error:
+            self.shapes = {name: tuple(int(size) for size in shape) for name, shape in self.manifest["shapes"].items()}
+            self._check_sizes()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} lacks or garbles {error}: take another checkpoint") from None
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError where shapes ask for more than the pieces hold, or these for more than the files: before any
+        memory is asked for."""
+        for entry in self.files:
+            numels = [piece["numel"] for piece in entry["pieces"]]
+            if any(numel < 0 for numel in numels) or sum(numels) * 4 > entry["bytes"]:
+                raise ValueError(f"{entry['file']}: pieces of {sum(numels)} numbers in {entry['bytes']} bytes")
+        for name, shape in self.shapes.items():
+            held = sum(piece.numel for _, piece in self._pieces.get(name, []))
+            if min(shape, default=1) < 1 or held != math.prod(shape):
+                raise ValueError(f"{name}: shape {shape}, and pieces of {held} numbers")
 
     def verify(self, share: int = 0, of: int = 1) -> None:
         """Check presence, size and hash of every `of`-th file from `share` on. Raises CheckpointError naming a bad one."""
@@ -126,6 +142,9 @@ class Reader:
 
     def check_model(self, cfg: LanguageConfig) -> None:
         """Raise CheckpointError unless the checkpoint holds this model's parameters, in name and shape."""
+        layers = {name.split(".")[1] for name in self.shapes if name.startswith("blocks.")}
+        if len(layers) != cfg.n_layers:
+            raise CheckpointError(f"{self.folder} has {len(layers)} layers, the config says {cfg.n_layers}")
         expected = logical_shapes(cfg)
         for name in sorted(expected.keys() | self.shapes.keys()):
             if expected.get(name) != self.shapes.get(name):

@@ -80,7 +80,7 @@ def parse(body: Any, model: InferenceModel, name: str, text: Text, limits: Limit
             raise RequestError(f"{key} is not supported: leave it out", key)
         if key not in known and key not in NEUTRAL and key not in IGNORED:
             raise RequestError(f"unknown field {str(key)[:80]!r}", str(key)[:80])
-    width = _width(body, name)
+    width = _width(body, name, model.own_width)
     try:
         widths = parse_layer_widths(width, model.cfg.n_heads, model.cfg.n_layers)
         model.check_widths(widths)
@@ -137,14 +137,14 @@ class StopWatch:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
-def _width(body: dict[str, Any], name: str) -> str:
+def _width(body: dict[str, Any], name: str, default: str) -> str:
     asked = body.get("model", name)
     if not isinstance(asked, str):
         raise RequestError("model must be a string", "model")
     base, colon, suffix = asked.partition(":")
     if base != name:
         raise RequestError(f"model {asked[:80]!r} is not here: this server has {name!r}", "model", 404)
-    width = body.get("width", suffix if colon else "1")
+    width = body.get("width", suffix if colon else default)
     if not isinstance(width, str):
         raise RequestError('width must be a string: "1/4", "16h", or one for each layer', "width")
     if colon and "width" in body and width != suffix:

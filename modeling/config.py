@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from modeling import nesting
@@ -36,6 +37,10 @@ class BackboneConfig:
     """Added to the mean square in every RMSNorm."""
 
     def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "headdim", "n_heads", "d_state", "expand", "d_conv", "chunk_size"):
+            _check_whole(f"model.{name}", getattr(self, name))
+        for width in self.widths:
+            _check_whole("model.widths", width)
         for name in ("n_layers", "d_model", "d_state", "expand", "d_conv", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
@@ -55,8 +60,8 @@ class BackboneConfig:
         if not self.widths:
             object.__setattr__(self, "widths", (self.n_heads,))
         nesting.check_widths(self.widths, self.n_heads)
-        if self.norm_eps <= 0:
-            raise ValueError(f"model.norm_eps={self.norm_eps}: must be positive")
+        if not isinstance(self.norm_eps, int | float) or not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"model.norm_eps={self.norm_eps!r}: must be positive")
 
     @property
     def d_inner(self) -> int:
@@ -77,6 +82,7 @@ class LanguageConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_whole("model.vocab_size", self.vocab_size)
         if self.vocab_size < 2:
             raise ValueError(f"model.vocab_size={self.vocab_size}: must be at least 2")
 
@@ -84,3 +90,9 @@ class LanguageConfig(BackboneConfig):
     def n_vocab_rows(self) -> int:
         """Rows of the embedding: vocab_size rounded up to a multiple of VOCAB_MULTIPLE."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _check_whole(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is an int: sizes also come out of files that others wrote."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={str(value)[:40]!r}: must be a whole number")

@@ -100,6 +100,18 @@ def to_mamba_ssm(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDict:
     return theirs
 
 
+def to_hf(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDict:
+    """A Mamba2ForCausalLM's state dict (transformers) from our logical one; its head is tied and left out."""
+    theirs = to_mamba_ssm(state, cfg)
+    del theirs["lm_head.weight"]
+    return {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in theirs.items()}
+
+
+def from_hf(state: Mapping[str, Tensor]) -> StateDict:
+    """The same tensors under mamba-ssm's names."""
+    return {name.replace("backbone.embeddings.", "backbone.embedding."): tensor for name, tensor in state.items()}
+
+
 _SAME = {"dt_bias": "dt_bias", "A_log": "A_log", "D": "D", "gated_norm": "norm.weight", "out": "out_proj.weight"}
 """Mixer parameters that are one tensor on both sides: our name to theirs."""
 _MIXER = ("in_z", "in_x", "in_bc", "in_dt", "conv_x", "conv_bc", "conv_x_bias", "conv_bc_bias", *_SAME)

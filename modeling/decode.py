@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from modeling.cuda_graph import graphed
+from modeling.cuda_graph import Captured, graphed
 from modeling.inference import InferenceModel, State, carry
 from modeling.nesting import LayerWidths
 from modeling.sampling import Sampling, choose
 
 GRAPH_FROM = 32
-"""New tokens from which on capturing a CUDA graph pays."""
+"""New tokens from which on capturing a CUDA graph pays; it is kept for the next call of the same batch and widths."""
 PREFILL_TOKENS = 8192
 """Prompts are read this many tokens of the batch at a time, so that memory does not grow with their length."""
 
@@ -75,22 +76,59 @@ def generate(
     n - 1 of them. Raises ValueError where the widths, the state or a prompt do not fit the model.
     """
     sampling = sampling or Sampling()
-    state = state or model.empty_state(len(prompts), widths)
-    if state.widths != widths or state.batch != len(prompts):
+    model.check_widths(widths)
+    check_prompts(prompts, model.cfg.vocab_size)
+    if state is not None and (state.widths != widths or state.batch != len(prompts)):
         raise ValueError(
             f"the state is of {state.batch} sequences at widths {state.widths}, asked are {len(prompts)} at {widths}: "
             "start from empty_state, or carry() it"
         )
     if max_new_tokens < 1:
         return
-    next_b = choose(model.logits(prefill(model, prompts, state)), sampling, generator)
-    yield next_b
+    if max_new_tokens < GRAPH_FROM:
+        captured = _steps(model, len(prompts), widths, state)
+        yield from _decode(model, prompts, captured, max_new_tokens, sampling, generator)
+        return
+    make = partial(_steps, model, len(prompts), widths, None, graph=True)
+    with model.kept_steps.borrow((len(prompts), widths), make) as captured:
+        own = captured.states[0]
+        if state is None:
+            own.zero_()
+        else:
+            own.copy_(state)
+            state.conv, state.ssm, state.waiting = own.conv, own.ssm, None
+        try:
+            yield from _decode(model, prompts, captured, max_new_tokens, sampling, generator)
+        finally:
+            if state is not None:  # the next borrower overwrites what it looked at so far
+                copy = own.clone()
+                state.conv, state.ssm = copy.conv, copy.ssm
+
+
+def _steps(
+    model: InferenceModel, batch: int, widths: LayerWidths, state: State | None, *, graph: bool = False
+) -> Captured:
+    """One step of decoding on `state`, or on an empty one."""
+    held = state or model.empty_state(batch, widths)
 
     def step(token_b: Tensor) -> Tensor:
-        return model.logits(model.forward(token_b[:, None], state)[:, 0])
+        return model.logits(model.forward(token_b[:, None], held)[:, 0])
 
-    if max_new_tokens >= GRAPH_FROM:
-        step = graphed(step, [next_b], [state])
+    token_b = torch.zeros(batch, dtype=torch.int64, device=model.device)
+    return Captured((held,), (graphed(step, [token_b], [held]) if graph else step,))
+
+
+def _decode(
+    model: InferenceModel,
+    prompts: Sequence[Sequence[int]],
+    captured: Captured,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    (state,), (step,) = captured.states, captured.steps
+    next_b = choose(model.logits(prefill(model, prompts, state)), sampling, generator)
+    yield next_b
     for _ in range(max_new_tokens - 1):
         next_b = choose(step(next_b), sampling, generator)
         yield next_b

@@ -9,6 +9,7 @@ CHECKPOINT is a run's folder (its newest checkpoint), one checkpoint, or a folde
 | hf | transformers' Mamba2ForCausalLM.from_pretrained | any uniform width |
 | mamba_ssm | mamba-ssm's MambaLMHeadModel.from_pretrained | uniform, if its channels are a whole multiple of d_model |
 | matmamba | modeling.model_folder.load_model, modeling.generate, modeling.serve | any, per-layer mixes and the whole nested model too |
+| remote_code | transformers' AutoModelForCausalLM with trust_remote_code=True, without this package | the same |
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from tokenizers import Tokenizer
 
 from modeling import nesting
 from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.config import LanguageConfig
-from modeling.convert import StateDict, cut, cut_mix, to_mamba_ssm
+from modeling.convert import StateDict, cut, cut_mix, to_hf, to_mamba_ssm
 from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model
 from modeling.search import read_widths
+from modeling.text import open_text
 
-FORMATS = ("hf", "mamba_ssm", "matmamba")
+FORMATS = ("hf", "mamba_ssm", "matmamba", "remote_code")
+REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_matmamba.py"
+"""The model that a remote_code folder carries with it."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,15 +55,21 @@ def read_state(folder: Path) -> tuple[StateDict, LanguageConfig, str]:
         latest = folder / "checkpoints" / "latest"
         if not latest.exists():
             raise CheckpointError(f"{folder} is neither a run with a checkpoint, nor a checkpoint, nor a model folder")
-        folder = latest.parent / latest.read_text().strip()
+        name = latest.read_text().strip()
+        if Path(name).name != name:
+            raise CheckpointError(f"{latest}: {name[:80]!r} is not the name of a checkpoint beside it")
+        folder = latest.parent / name
     reader = Reader(folder)
-    raw = reader.manifest["config"]["model"]
     known = {field.name for field in fields(LanguageConfig)}
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
-    cfg = LanguageConfig(**values)
+    try:
+        raw = reader.manifest["config"]["model"]
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
+        cfg = LanguageConfig(**values)
+        tokenizer = str(reader.manifest["config"].get("data", {}).get("tokenizer", ""))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'manifest.json'}: its config describes no model ({error})") from None
     reader.verify()
     reader.check_model(cfg)
-    tokenizer = str(reader.manifest["config"].get("data", {}).get("tokenizer", ""))
     return dict(reader.weights(cfg.n_heads)), cfg, tokenizer
 
 
@@ -85,23 +95,23 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         work = Path(aside) / "model"
         work.mkdir()
-        if target == "matmamba":
+        if target in ("matmamba", "remote_code"):
             whole = widths == nesting.uniform(cfg.n_heads, cfg.n_layers)
-            part = state if whole else cut_mix(state, cfg, widths)
-            save_model(work, _cast(part, dtype), cfg, widths)
+            part = _cast(state if whole else cut_mix(state, cfg, widths), dtype)
+            if target == "matmamba":
+                save_model(work, part, cfg, widths)
+            else:
+                _write_remote_code(work, part, cfg, widths, dtype)
         else:
             if len(set(widths)) > 1:
                 raise ValueError(
                     f"format {target} has one number of heads for all layers, this mix has {sorted(set(widths))}: use "
-                    "--format matmamba"
+                    "--format matmamba or remote_code"
                 )
             part, small = cut(state, cfg, widths[0])
             (_write_hf if target == "hf" else _write_mamba_ssm)(work, part, small, dtype)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, work / ("tokenizer.json" if tokenizer.suffix == ".json" else tokenizer.name))
-            if target == "hf" and tokenizer.suffix == ".json":
-                about = {"tokenizer_class": "PreTrainedTokenizerFast"}
-                (work / "tokenizer_config.json").write_text(json.dumps(about) + "\n")
+            _add_tokenizer(work, tokenizer, cfg, target)
         if folder.exists():
             folder.rmdir()
         work.rename(folder)
@@ -110,6 +120,24 @@ def export(
 def _cast(state: StateDict, dtype: torch.dtype) -> StateDict:
     """Matrices in `dtype`; vectors stay float32: A_log, dt_bias and D lose their meaning in fewer bits."""
     return {name: tensor.to(dtype) if tensor.dim() > 1 else tensor.float() for name, tensor in state.items()}
+
+
+def _add_tokenizer(folder: Path, tokenizer: Path, cfg: LanguageConfig, target: str) -> None:
+    """Put the tokenizer beside the model, and tell transformers of it; raises ValueError where it is another model's."""
+    eos_id = open_text(str(tokenizer), cfg.vocab_size).eos_id
+    is_json = tokenizer.suffix == ".json"
+    shutil.copyfile(tokenizer, folder / ("tokenizer.json" if is_json else tokenizer.name))
+    if target not in ("hf", "remote_code"):
+        return
+    path = folder / CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": eos_id}, indent=1) + "\n")
+    if is_json:  # transformers makes nothing of a sentencepiece file without knowing whose it is
+        vocab = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
+        eos = next(token for token, i in vocab.items() if i == eos_id)
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos}
+        # Padding on the right would stand between a prompt and what is generated.
+        about |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -139,14 +167,32 @@ def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _write_hf(folder: Path, state: StateDict, cfg: LanguageConfig, dtype: torch.dtype) -> None:
-    theirs = to_mamba_ssm(state, cfg)
-    del theirs["lm_head.weight"]  # tied
-    renamed: dict[str, Tensor] = {
-        name.replace("backbone.embedding.", "backbone.embeddings."): tensor.contiguous()
-        for name, tensor in theirs.items()
-    }
-    save_file(_cast(renamed, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = {name: tensor.contiguous() for name, tensor in to_hf(state, cfg).items()}
+    save_file(_cast(theirs, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(cfg, dtype), indent=1) + "\n")
+
+
+def _write_remote_code(
+    folder: Path, state: StateDict, cfg: LanguageConfig, widths: nesting.LayerWidths, dtype: torch.dtype
+) -> None:
+    about = {
+        "architectures": ["MatMambaForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_matmamba.MatMambaConfig",
+            "AutoModelForCausalLM": "modeling_matmamba.MatMambaForCausalLM",
+        },
+        "model_type": "matmamba",
+        "layer_heads": list(widths),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **{key: value for key, value in asdict(cfg).items() if key != "expand"},  # n_heads and headdim say it
+    }
+    # Rows of the embedding past the vocabulary are padding for tensor parallelism: no token has them.
+    theirs = {**state, "embedding.weight": state["embedding"][: cfg.vocab_size]}
+    del theirs["embedding"]
+    whole = {name: tensor.contiguous() for name, tensor in theirs.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json.dumps(about, indent=1) + "\n")
+    shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
 
 
 def _write_mamba_ssm(folder: Path, state: StateDict, cfg: LanguageConfig, dtype: torch.dtype) -> None:

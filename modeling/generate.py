@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,8 +21,23 @@ from modeling.decode import Conversation, check_prompts, generate
 from modeling.open_model import DTYPES, open_model
 from modeling.sampling import Sampling
 from modeling.search import read_widths
-from modeling.speculative import generate_speculatively
-from modeling.text import TextStream, open_text
+from modeling.speculative import Speculation, speculate
+from modeling.text import Text, TextStream, open_text
+
+
+def _shown(rounds: Iterator[Speculation], prompt: list[int], text: Text) -> Iterator[Speculation]:
+    """The rounds, of one sequence, its text printed as they come; they end where the text does."""
+    stream, n_shown = TextStream(text), 0
+    for spoken in rounds:
+        new = spoken.ids[0][n_shown:]
+        # The prompt is not shown before the first round: an error comes before any text.
+        before = "" if n_shown else stream.push(prompt)
+        n_shown += len(new)
+        print(before + stream.push(text.until_end(new)), end="", flush=True)
+        yield spoken
+        if text.eos_id in new:
+            break
+    print(stream.rest())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--width",
         action="append",
-        help="1 (default), 1/2, a head count as 16h, or one for each layer: 1,1/2,...; given again: another turn",
+        help="1 (default: all that the model holds), 1/2, a head count as 16h, or one for each layer: 1,1/2,...; given again: another turn",
     )
     parser.add_argument("--prompt", action="append", required=True, help="given again: a batch, printed one by one")
     parser.add_argument("--tokenizer", default="", help="FILE.json, FILE.model or tiktoken:NAME; default: the model's")
@@ -44,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 elsewhere")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    turns = args.width or ["1"]
     try:
-        if len(turns) > 1 and (len(args.prompt) > 1 or args.speculate):
+        if len(args.width or []) > 1 and (len(args.prompt) > 1 or args.speculate):
             raise ValueError("several turns need one prompt and no --speculate")
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
@@ -54,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         opened = open_model(args.model, dtype=args.dtype, device=args.device)
         model = opened.model
         text = open_text(args.tokenizer or opened.tokenizer, model.cfg.vocab_size)
+        turns = args.width or [model.own_width]
         widths = [read_widths(turn, model.cfg.n_heads, model.cfg.n_layers) for turn in turns]
         prompts = [text.encode(prompt) or [text.eos_id] for prompt in args.prompt]
         check_prompts(prompts, model.cfg.vocab_size)
@@ -63,20 +79,23 @@ def main(argv: list[str] | None = None) -> int:
         generator = torch.Generator(model.device).manual_seed(args.seed)
         common = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "generator": generator}
         start = time.perf_counter()
+        note, n_new = "", 0
         if draft:
-            spoken = generate_speculatively(model, prompts, widths[0], draft, draft_tokens=args.draft_tokens, **common)
-            new = spoken.ids
-            for prompt, ids in zip(prompts, new, strict=True):
-                print(text.decode(prompt + text.until_end(ids)))
+            rounds = speculate(model, prompts, widths[0], draft, draft_tokens=args.draft_tokens, **common)
+            if len(prompts) == 1:
+                rounds = _shown(rounds, prompts[0], text)
+            *_, spoken = rounds
+            if len(prompts) > 1:
+                for prompt, ids in zip(prompts, spoken.ids, strict=True):
+                    print(text.decode(prompt + text.until_end(ids)))
             note = f", {spoken.acceptance:.0%} of the draft's tokens accepted in {spoken.rounds} rounds"
-            n_new = sum(len(ids) for ids in new)
+            n_new = sum(len(ids) for ids in spoken.ids)
         elif len(prompts) > 1:
             columns = list(generate(model, prompts, widths[0], **common))
             for prompt, ids in zip(prompts, torch.stack(columns, dim=1).tolist(), strict=True):
                 print(text.decode(prompt + text.until_end(ids)))
-            note, n_new = "", len(columns) * len(prompts)
+            n_new = len(columns) * len(prompts)
         else:
-            note, n_new = "", 0
             conversation = Conversation(model, [])
             stream = TextStream(text)
             print(stream.push(prompts[0]), end="", flush=True)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from modeling import nesting
+from modeling.cuda_graph import KeptSteps
 from modeling.language import LanguageModel
 from modeling.mixer import Mixer
 from modeling.nesting import LayerWidths
@@ -71,6 +72,12 @@ class State:
             mine.copy_(theirs)
         self.waiting = None
 
+    def zero_(self) -> None:
+        """Forget everything: the state before the first token."""
+        for tensor in (*self.conv, *self.ssm):
+            tensor.zero_()
+        self.waiting = None
+
 
 class InferenceModel:
     """A whole language model on one device. Which submodel runs is an argument of every call."""
@@ -92,8 +99,9 @@ class InferenceModel:
             raise ValueError(
                 f"inference needs a whole model, this one is split over tp={model.tp.size}: load it at tp=1"
             )
-        self.cfg, self.held, self.dtype = model.cfg, model.held, dtype
+        self.cfg, self.held, self.dtype = model.cfg, tuple(model.held), dtype
         self.device, self.state_dtype = torch.device(device), state_dtype
+        self.kept_steps = KeptSteps()
         with torch.no_grad():
             self.embedding_vd = model.embedding[: self.cfg.vocab_size].to(self.device, dtype, copy=True)
             self.final_norm_d = model.final_norm.to(self.device, torch.float32, copy=True)
@@ -126,6 +134,13 @@ class InferenceModel:
         """Bytes of all weights, whatever widths are used."""
         tensors = [self.embedding_vd, self.final_norm_d, *(t for layer in self.layers for t in vars(layer).values())]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def own_width(self) -> str:
+        """All that is held, as people write it: "1", "1/2", or the heads of each layer of a mix that was cut out."""
+        if len(set(self.held)) == 1:
+            return nesting.width_name(self.held[0], self.cfg.n_heads)
+        return ",".join(f"{n}h" for n in self.held)
 
     def check_widths(self, widths: LayerWidths) -> None:
         """Raise ValueError unless `widths` is a submodel of this model."""

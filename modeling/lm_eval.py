@@ -45,7 +45,7 @@ class MatMambaLM(TemplateLM):
     def __init__(
         self,
         path: str,
-        width: str | float = "1",
+        width: str | float = "",
         tokenizer: str = "",
         dtype: str | None = None,
         device: str | None = None,
@@ -66,7 +66,8 @@ class MatMambaLM(TemplateLM):
         self.text = open_text(tokenizer or opened.tokenizer, self.model.cfg.vocab_size)
         # The harness turns width=1 into a number.
         written = str(width).replace(";", ",")
-        self.widths = read_widths(written, self.model.cfg.n_heads, self.model.cfg.n_layers)
+        asked = written or self.model.own_width
+        self.widths = read_widths(asked, self.model.cfg.n_heads, self.model.cfg.n_layers)
         self.model.check_widths(self.widths)
         self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
 

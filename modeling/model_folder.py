@@ -42,8 +42,8 @@ def save_model(folder: Path, state: Mapping[str, Tensor], cfg: LanguageConfig, h
     write_config(folder, cfg, held)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
-    """The model in `folder`, computing in `dtype`. Raises ModelFolderError."""
+def read_config(folder: Path) -> tuple[LanguageConfig, nesting.LayerWidths]:
+    """What config.json says: the whole model's sizes, and the heads that each layer holds. Raises ModelFolderError."""
     path = folder / CONFIG_NAME
     try:
         about = json.loads(path.read_text())
@@ -57,12 +57,22 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
             raise ModelFolderError(f"{path}: model has unknown fields: {sorted(set(raw) - known)}")
         cfg = LanguageConfig(**{**raw, "widths": tuple(raw["widths"])})
         held = tuple(int(n) for n in about["layer_heads"])
-        with torch.device("meta"):
-            model = LanguageModel(cfg, dtype=dtype, held=held)
+        nesting.check_layer_widths(held, cfg.n_heads, cfg.n_layers, 1)
     except ModelFolderError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFolderError(f"{path} does not describe a model: {error}") from None
+    return cfg, held
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
+    """The model in `folder`, computing in `dtype`. Raises ModelFolderError."""
+    cfg, held = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(cfg, dtype=dtype, held=held)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ModelFolderError(f"{folder / CONFIG_NAME} does not describe a model: {error}") from None
     try:
         state = load_file(folder / WEIGHTS_NAME, device=device)
     except (OSError, SafetensorError) as error:

@@ -79,6 +79,8 @@ class RequestQueue:
             except Exception as error:
                 # The server outlives a request that fails, out of memory for instance.
                 log.exception("a request failed")
+                if isinstance(error, torch.OutOfMemoryError):
+                    self._model.kept_steps.clear()  # room for the next one
                 job.tell(error)
         while not self._jobs.empty():
             left = self._jobs.get_nowait()
@@ -89,6 +91,8 @@ class RequestQueue:
         job.started_s = time.monotonic()
         if job.started_s - job.entered_s > self._max_wait_s:
             raise RequestError(f"waited longer than {self._max_wait_s:g} s: try again later", status=503)
+        if job.cancelled.is_set():  # its client left while it waited: not even the prompt is read
+            return
         request = job.request
         generator = torch.Generator(self._model.device)
         if request.seed is None:

@@ -53,6 +53,16 @@ def memory_of(model: InferenceModel, widths: LayerWidths) -> dict[str, int]:
     return {"weight_bytes": weights, "state_bytes_per_sequence": model.state_bytes(widths)}
 
 
+def offered(model: InferenceModel) -> list[tuple[str, LayerWidths]]:
+    """What a client may choose without thinking: all that the model holds, then the trained widths below it, widest first.
+
+    A model that was cut out no longer has the wider ones, and may be narrower than all of them.
+    """
+    cfg, least = model.cfg, min(model.held)
+    narrower = [n for n in cfg.widths if n <= least and cfg.layer_widths(n) != model.held]
+    return [(model.own_width, model.held), *((width_name(n, cfg.n_heads), cfg.layer_widths(n)) for n in narrower)]
+
+
 class Answer:
     """The text of a request's sequences as their tokens come."""
 
@@ -123,12 +133,9 @@ def build_app(served: Served) -> FastAPI:
     async def models() -> dict[str, Any]:
         cfg = served.model.cfg
         entries = []
-        for n_heads in cfg.widths:
-            widths = cfg.layer_widths(n_heads)
-            if any(n > held for n, held in zip(widths, served.model.held, strict=True)):
-                continue  # a mix that was cut out no longer has it
-            width = width_name(n_heads, cfg.n_heads)
+        for width, widths in offered(served.model):
             about = {"width": width, "parameters": language_parameters(cfg, widths).total}
+            about["label"] = width if len(set(widths)) == 1 else "the mix that was cut out"
             entry = {"id": f"{served.name}:{width}", "object": "model", "created": 0, "owned_by": "local"}
             entries.append({**entry, "matmamba": {**about, **memory_of(served.model, widths)}})
         return {"object": "list", "data": entries}

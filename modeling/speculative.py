@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from modeling.cuda_graph import graphed
-from modeling.decode import prefill
+from modeling.cuda_graph import Captured, graphed
+from modeling.decode import check_prompts, prefill
 from modeling.inference import InferenceModel
 from modeling.nesting import LayerWidths
 from modeling.sampling import Sampling, choose, probabilities
@@ -93,13 +94,16 @@ def speculate(
         raise ValueError(f"draft {draft} is wider than target {target} in some layer: draft with a narrower width")
     if draft_tokens < 1 or max_new_tokens < 1:
         raise ValueError(f"draft_tokens={draft_tokens}, max_new_tokens={max_new_tokens}: both must be at least 1")
-    batch, k = len(prompts), draft_tokens
+    check_prompts(prompts, model.cfg.vocab_size)
+    make = partial(_steps, model, len(prompts), target, draft, draft_tokens)
+    with model.kept_steps.borrow((len(prompts), target, draft, draft_tokens), make) as captured:
+        yield from _rounds(model, prompts, captured, max_new_tokens, draft_tokens, sampling, generator)
+
+
+def _steps(model: InferenceModel, batch: int, target: LayerWidths, draft: LayerWidths, k: int) -> Captured:
+    """States of the target, of the draft, and of the draft's trials; steps: propose, verify, take, catch up."""
     target_state, draft_state = model.empty_state(batch, target), model.empty_state(batch, draft)
     trial_state = model.empty_state(batch, draft)
-    last_b = choose(model.logits(prefill(model, prompts, target_state)), sampling, generator)
-    prefill(model, prompts, draft_state)
-    result = Speculation([[int(token)] for token in last_b])
-    yield result
 
     def propose(token_b: Tensor) -> Tensor:
         return model.logits(model.forward(token_b[:, None], trial_state)[:, 0])
@@ -114,26 +118,47 @@ def speculate(
     def catch_up(tokens_bt: Tensor, count_b: Tensor) -> Tensor:
         return model.forward(tokens_bt, draft_state, count_b)
 
-    tokens_bt = last_b[:, None].expand(-1, k + 1).contiguous()
+    tokens_bt = torch.zeros(batch, k + 1, dtype=torch.int64, device=model.device)
     count_b = torch.ones(batch, dtype=torch.int32, device=model.device)
-    propose_graph = graphed(propose, [last_b], [trial_state])
-    verify_graph = graphed(verify, [tokens_bt], [target_state])
-    take_graph = graphed(take, [count_b], [target_state])
-    catch_up_graph = graphed(catch_up, [tokens_bt, count_b], [draft_state])
+    steps = (
+        graphed(propose, [tokens_bt[:, 0]], [trial_state]),
+        graphed(verify, [tokens_bt], [target_state]),
+        graphed(take, [count_b], [target_state]),
+        graphed(catch_up, [tokens_bt, count_b], [draft_state]),
+    )
+    return Captured((target_state, draft_state, trial_state), steps)
 
+
+def _rounds(
+    model: InferenceModel,
+    prompts: Sequence[Sequence[int]],
+    captured: Captured,
+    max_new_tokens: int,
+    k: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[Speculation]:
+    target_state, draft_state, trial_state = captured.states
+    propose, verify, take, catch_up = captured.steps
+    target_state.zero_()
+    draft_state.zero_()
+    last_b = choose(model.logits(prefill(model, prompts, target_state)), sampling, generator)
+    prefill(model, prompts, draft_state)
+    result = Speculation([[int(token)] for token in last_b])
+    yield result
     while min(len(ids) for ids in result.ids) < max_new_tokens:
         trial_state.copy_(draft_state)
         drafted, q = [last_b], []
         for _ in range(k):
-            q_bv = probabilities(propose_graph(drafted[-1]), sampling)
+            q_bv = probabilities(propose(drafted[-1]), sampling)
             q.append(q_bv)
             drafted.append(_draw(q_bv, sampling, generator))
         tokens_bt = torch.stack(drafted, dim=1)
-        p_btv = probabilities(verify_graph(tokens_bt), sampling)
+        p_btv = probabilities(verify(tokens_bt), sampling)
         accepted_b, last_b = accept(p_btv, torch.stack(q, dim=1), tokens_bt[:, 1:], generator)
         count_b = (accepted_b + 1).int()
-        take_graph(count_b)
-        catch_up_graph(tokens_bt, count_b)
+        take(count_b)
+        catch_up(tokens_bt, count_b)
         result.rounds += 1
         rows = zip(result.ids, accepted_b.tolist(), tokens_bt[:, 1:].tolist(), last_b.tolist(), strict=True)
         for ids, accepted, proposed, token in rows:

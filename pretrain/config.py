@@ -183,6 +183,9 @@ class CheckpointConfig:
     """Save and stop this long before the job's time limit (SLURM_JOB_END_TIME), beside a step and a save; 0: never."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of run_dir, if any. never: start anew. Else: a checkpoint folder."""
+    init_from: str = ""
+    """Where the run starts anew, weights come from here: a model folder (modeling.import_model), a run or a checkpoint of
+    the same sizes. The optimizer, the step and the data start at nothing. Empty: random weights."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must not be negative")
@@ -194,6 +197,11 @@ class CheckpointConfig:
         _require(
             not keep or (every > 0 and keep % every == 0),
             f"checkpoint.keep_every_steps={keep}: must be a multiple of checkpoint.every_steps={every}",
+        )
+        resumes = self.resume not in ("auto", "never")
+        _require(
+            not (self.init_from and resumes),
+            f"checkpoint.init_from={self.init_from} with checkpoint.resume={self.resume}: weights can come from one of them",
         )
         _require(self.stop_margin_s >= 0, f"checkpoint.stop_margin_s={self.stop_margin_s}: must not be negative")
 

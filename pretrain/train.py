@@ -37,6 +37,7 @@ from pretrain.replicas import check_replicas
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, count, gone_back, why_bad
 from pretrain.stopping import Stop, StopWatch
+from pretrain.warm_start import warm_start
 from pretrain.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -234,6 +235,7 @@ def main(cfg: RunConfig) -> int:
         model = LanguageModel(cfg.model, tp=ranks.tp, dtype=dtype, recompute=recompute)
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
+    warm_start(model, cfg, ranks)
     engine = Engine(model, cfg, ranks)
     state = resume.resume(engine, cfg, ranks) or RunState()
     resume.check_same_run(cfg, state)

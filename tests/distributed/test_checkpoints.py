@@ -254,7 +254,7 @@ def test_a_hostile_file_runs_nothing(dataset: Path, tmp_path: Path) -> None:
     run_ranks(1, train.main, cfg)
     folder = candidates(checkpoint_dir(cfg.run_dir))[0]
     marker, weights = tmp_path / "code ran", folder / "rank_00000.safetensors"
-    weights.write_bytes(pickle.dumps(Hostile(marker)))
+    weights.write_bytes(pickle.dumps(Hostile(marker)) + bytes(weights.stat().st_size))  # as large as its pieces ask for
     with pytest.raises(FileNotFoundError):  # it does what it is made for
         pickle.loads(pickle.dumps(Hostile(marker / "x")))
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from modeling.export import export, main, read_state
 from modeling.language import LanguageModel
 from modeling.model_folder import ModelFolderError, load_model
 from tests.parity import oracles
+from tests.parity.test_generate_cli import SENTENCE, write_tokenizer
 
 CFG = LanguageConfig(n_layers=3, d_model=64, headdim=16, widths=(8, 4, 2, 1), d_state=16, chunk_size=16, vocab_size=100)
 MIXES = [(8, 8, 8), (8, 2, 4), (1, 8, 3), (2, 2, 2)]
@@ -114,16 +116,29 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(state: dict[st
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
-def test_command_line_on_a_model_folder(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_command_line_puts_the_tokenizer_beside_the_model(
+    state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    cfg = replace(CFG, vocab_size=310)
+    larger = {**state, "embedding": torch.zeros(cfg.n_vocab_rows, cfg.d_model)}
     whole, quarter = tmp_path / "whole", tmp_path / "quarter"
-    tokenizer = tmp_path / "gpt.json"
-    tokenizer.write_text("{}")
-    export(state, CFG, CFG.layer_widths(8), "matmamba", whole)
-    arguments = [str(whole), "--width", "1/4", "--format", "hf", "-o", str(quarter), "--tokenizer", str(tokenizer)]
-    assert main([*arguments, "--dtype", "bf16"]) == 0
+    tokenizer = write_tokenizer(tmp_path / "gpt.json")
+    export(larger, cfg, cfg.layer_widths(8), "matmamba", whole)
+    arguments = [str(whole), "--width", "1/4", "--format", "hf", "--tokenizer", str(tmp_path / "gpt.json")]
+    assert main([*arguments, "-o", str(quarter), "--dtype", "bf16"]) == 0
     names = {path.name for path in quarter.iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert json.loads((quarter / "config.json").read_text())["num_heads"] == 2
+    about = json.loads((quarter / "config.json").read_text())
+    assert (about["num_heads"], about["eos_token_id"]) == (2, 0)
+    assert AutoTokenizer.from_pretrained(quarter)(SENTENCE).input_ids == tokenizer.encode(SENTENCE).ids
+
+    export(state, CFG, CFG.layer_widths(8), "matmamba", tmp_path / "small")
+    arguments[0] = str(tmp_path / "small")
+    assert main([*arguments, "-o", str(tmp_path / "wrong")]) == 2
+    assert "the model 100: it was trained with another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize(
@@ -133,9 +148,13 @@ def test_command_line_on_a_model_folder(state: dict[str, Tensor], tmp_path: Path
         (lambda folder: (folder / "config.json").write_text("{}"), "this code reads"),
         (lambda folder: _edit(folder, vocab_size=900), "embedding is"),
         (lambda folder: _edit(folder, d_model="__import__('os')"), "does not describe a model"),
+        (lambda folder: _edit(folder, d_model=2**62), "does not describe a model"),
+        (lambda folder: _edit(folder, n_layers=10**9), "3 widths for 1000000000 layers"),
+        (lambda folder: _edit(folder, norm_eps=None), "must be positive"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "does not describe a model"),
         (lambda folder: _edit(folder, surprise=1), "unknown fields"),
     ],
-    ids=["cut short", "no format", "other vocabulary", "hostile value", "unknown field"],
+    ids=["cut short", "no format", "other vocabulary", "text", "overflow", "layers", "null", "deep", "unknown field"],
 )
 def test_a_damaged_model_folder_is_refused(state: dict[str, Tensor], tmp_path: Path, damage: object, says: str) -> None:
     export(state, CFG, CFG.layer_widths(8), "matmamba", tmp_path / "m")

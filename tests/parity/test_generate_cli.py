@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from modeling import generate as generate_module
 from modeling.config import LanguageConfig
+from modeling.export import main as export_main
 from modeling.generate import main
 from modeling.language import LanguageModel
 from modeling.model_folder import save_model
 from modeling.nesting import uniform
+from modeling.speculative import speculate
 from modeling.text import TextStream, open_text
 
 SENTENCE = "The quick brown fox — naïve, 日本語 — jumps over the lazy dog. "
@@ -74,6 +78,40 @@ def test_speculation_and_batches_print_the_same_text(folder: Path, capsys: pytes
     assert code == 0
     assert batch.startswith(plain)
     assert SENTENCE in batch
+
+
+def test_speculation_shows_its_text_as_it_comes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt and the first token are shown before the first round begins, and every round adds to them."""
+    shown = [""]
+
+    def watched(*arguments: object, **named: object) -> Iterator[object]:
+        for result in speculate(*arguments, **named):  # type: ignore[arg-type]
+            yield result
+            shown.append(shown[-1] + capsys.readouterr().out)
+
+    monkeypatch.setattr(generate_module, "speculate", watched)
+    code, last, _ = run(capsys, folder, "--prompt", "The", "--max-new-tokens", 20, "--speculate", "1/8")
+    assert code == 0
+    lengths = [len(text) for text in shown[1:]]
+    assert lengths[0] >= len("The")
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > len(lengths) // 2, "a token may be half a character, but most are not"
+    monkeypatch.undo()
+    assert shown[-1] + last == run(capsys, folder, "--prompt", "The", "--max-new-tokens", 20)[1]
+
+
+def test_a_cut_out_mix_runs_as_it_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export_main([str(folder), "--width", "1,1/2", "--format", "matmamba", "-o", str(tmp_path / "mix")]) == 0
+    capsys.readouterr()
+    tokenizer = ("--tokenizer", folder / "tokenizer.json", "--prompt", "The quick")
+    _, expected, _ = run(capsys, folder, "--width", "1,1/2", *tokenizer)
+    code, found, _ = run(capsys, tmp_path / "mix", *tokenizer)
+    assert (code, found) == (0, expected)
+    code, _, err = run(capsys, tmp_path / "mix", "--width", "1", *tokenizer)
+    assert code == 2
+    assert "layer 1: width 8, but this model was cut to 4 heads" in err
 
 
 def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,3 +80,32 @@ def test_speculation_is_greedy_decoding(trained: LanguageModel, draft: LayerWidt
     assert result.ids == plain
     if draft == full:
         assert result.acceptance == 1
+
+
+def test_a_second_request_replays_the_graph_of_the_first(
+    trained: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, widths = InferenceModel(trained, device="cuda"), CFG.layer_widths(8)
+    captured: list[int] = []
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def counted(*arguments: object, **named: object) -> None:
+        captured.append(1)
+        begin(*arguments, **named)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counted)
+
+    def greedy(on: InferenceModel, given: list[list[int]]) -> list[list[int]]:
+        return torch.stack(list(generate(on, given, widths, max_new_tokens=48)), dim=1).tolist()
+
+    first = greedy(model, prompts())
+    assert len(captured) == 1
+    turned = greedy(model, prompts()[::-1])
+    assert len(captured) == 1
+    assert greedy(model, prompts()) == first, "nothing of the request between is left in the states"
+    assert turned == greedy(InferenceModel(trained, device="cuda"), prompts()[::-1])
+    speculated = [
+        generate_speculatively(model, prompts(), widths, CFG.layer_widths(2), max_new_tokens=48).ids for _ in "ab"
+    ]
+    assert len(captured) == 2 + 4
+    assert speculated == [first, first]

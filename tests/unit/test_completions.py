@@ -11,6 +11,7 @@ import torch
 
 from modeling.completions import Completion, Limits, RequestError, StopWatch, parse
 from modeling.config import LanguageConfig
+from modeling.decode import GRAPH_FROM, generate
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.request_queue import Job, RequestQueue
@@ -180,16 +181,19 @@ def test_the_line_runs_in_order_and_refuses_when_full(model: InferenceModel, mon
 
 
 def test_a_failure_is_told_and_the_next_request_runs(model: InferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(generate(model, [[1]], (8, 8), max_new_tokens=GRAPH_FROM))
+    assert model.kept_steps.n_kept == 1
     line = RequestQueue(model)
     real = InferenceModel.forward
     monkeypatch.setattr(InferenceModel, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     assert isinstance(collected(line, request_of(model))[1].get(timeout=20), torch.OutOfMemoryError)
     monkeypatch.setattr(InferenceModel, "forward", real)
     assert isinstance(collected(line, request_of(model))[1].get(timeout=20), list)
+    assert model.kept_steps.n_kept == 0, "what was kept made room"
     line.stop()
 
 
-def test_jobs_that_are_late_cancelled_or_left_over_end(model: InferenceModel) -> None:
+def test_jobs_that_are_late_cancelled_or_left_over_end(model: InferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
     late = RequestQueue(model, max_wait_s=-1.0)
     error = collected(late, request_of(model))[1].get(timeout=20)
     assert isinstance(error, RequestError)
@@ -199,6 +203,7 @@ def test_jobs_that_are_late_cancelled_or_left_over_end(model: InferenceModel) ->
     told: queue.Queue[object] = queue.Queue()
     job = Job(request_of(model, max_tokens=10), told.put)
     job.cancelled.set()
+    monkeypatch.setattr(InferenceModel, "forward", lambda *_: pytest.fail("the prompt was read"))
     line.put(job)
     assert told.get(timeout=20) is None, "a cancelled job generates nothing"
     line.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -20,6 +21,7 @@ from fastapi.testclient import TestClient
 
 from modeling.completions import Limits
 from modeling.config import LanguageConfig
+from modeling.convert import cut_mix
 from modeling.decode import generate
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
@@ -36,11 +38,16 @@ BYTES = Text(
 )
 
 
-def served(max_waiting: int = 4) -> Served:
+def served(max_waiting: int = 4, held: tuple[int, ...] | None = None) -> Served:
+    """The server of a whole model, or of the mix `held` cut out of it."""
     trained = LanguageModel(CFG)
     trained.init_weights(5)
     with torch.no_grad():
         trained.embedding.mul_(20)
+    if held is not None:
+        mix = LanguageModel(CFG, held=held)
+        mix.load_state_dict(cut_mix({name: p.detach() for name, p in trained.named_parameters()}, CFG, held))
+        trained = mix
     model = InferenceModel(trained)
     limits = Limits(prompt_tokens=50, new_tokens=40, sequences=4, body_bytes=10_000)
     return Served(model, "tiny", BYTES, limits, RequestQueue(model, max_waiting=max_waiting))
@@ -152,6 +159,28 @@ def test_models_lists_every_width_with_its_memory(client: TestClient, shared: Se
     assert client.get("/health").json() == {"status": "ok", "waiting": 0}
 
 
+@pytest.mark.parametrize(
+    ("held", "widths"),
+    [((8, 4), ["8h,4h", "1/2", "1/8"]), ((3, 8), ["3h,8h", "1/8"]), ((4, 4), ["1/2", "1/8"])],
+    ids=str,
+)
+def test_a_cut_out_model_offers_what_it_holds_and_runs_it_unasked(
+    shared: Served, held: tuple[int, ...], widths: list[str]
+) -> None:
+    with TestClient(build_app(served(held=held))) as client:
+        entries = client.get("/v1/models").json()["data"]
+        assert [entry["matmamba"]["width"] for entry in entries] == widths
+        assert [ask(client, model=entry["id"])["matmamba"]["width"] for entry in entries] == widths
+        answer = ask(client)
+        steps = generate(shared.model, [BYTES.encode("The")], held, max_new_tokens=12)
+        expected_text = BYTES.decode(BYTES.until_end([int(token) for token in steps]))
+        assert answer["model"] == f"tiny:{widths[0]}"
+        assert answer["choices"][0]["text"] == expected_text
+        refused = client.post("/v1/completions", json={"prompt": "a", "width": "1"})
+        assert refused.status_code == 400
+        assert "but this model was cut to" in refused.json()["error"]["message"]
+
+
 def test_a_full_line_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
     """One request holds the model, one waits, and the third is told at once."""
     from modeling import request_queue
@@ -187,8 +216,9 @@ def test_a_full_line_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answers == [200, 200]
 
 
-def test_the_page_generates_side_by_side(shared: Served) -> None:
-    """A real browser, a real server: the slider names widths, three panels fill with their widths' texts."""
+@contextlib.contextmanager
+def opened_page(own: Served) -> Iterator[tuple[Any, Any, list[str]]]:
+    """A real server and its page in a real browser: the page, playwright's `expect`, and what the page complained of."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser_path is None:
@@ -198,7 +228,6 @@ def test_the_page_generates_side_by_side(shared: Served) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = served()
     server = uvicorn.Server(uvicorn.Config(build_app(own), host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -213,27 +242,51 @@ def test_the_page_generates_side_by_side(shared: Served) -> None:
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
             page.goto(f"http://127.0.0.1:{port}/")
-            playwright.expect(page.locator("#width-name")).to_have_text("1")
-            page.locator("#width").fill("0")
-            playwright.expect(page.locator("#width-name")).to_have_text("1/8")
-            page.fill("#prompt", "<b>The")
-            page.fill("#tokens", "12")
-            page.fill("#temperature", "0")
-            page.check("#side")
-            page.click("#go")
-            notes = page.locator("article p")
-            playwright.expect(notes).to_have_count(3, timeout=20_000)
-            for i in range(3):
-                playwright.expect(notes.nth(i)).to_contain_text("tokens/s", timeout=20_000)
-            for width, n_heads in (("1", 8), ("1/2", 4), ("1/8", 1)):
-                shown = page.locator(f'article[data-width="{width}"] pre').text_content()
-                assert shown == "<b>The" + expected(own, "<b>The", n_heads)
-            assert complaints == []
-            page.fill("#mix", "1/3")
-            page.uncheck("#side")
-            page.click("#go")
-            playwright.expect(page.locator("#problem")).to_contain_text("width '1/3'", timeout=20_000)
+            yield page, playwright.expect, complaints
             browser.close()
     finally:
         server.should_exit = True
         thread.join(timeout=20)
+
+
+def test_the_page_generates_side_by_side() -> None:
+    """The slider names widths, three panels fill with their widths' texts."""
+    own = served()
+    with opened_page(own) as (page, expect, complaints):
+        expect(page.locator("#width-name")).to_have_text("1")
+        page.locator("#width").fill("0")
+        expect(page.locator("#width-name")).to_have_text("1/8")
+        page.fill("#prompt", "<b>The")
+        page.fill("#tokens", "12")
+        page.fill("#temperature", "0")
+        page.check("#side")
+        page.click("#go")
+        notes = page.locator("article p")
+        expect(notes).to_have_count(3, timeout=20_000)
+        for i in range(3):
+            expect(notes.nth(i)).to_contain_text("tokens/s", timeout=20_000)
+        for width, n_heads in (("1", 8), ("1/2", 4), ("1/8", 1)):
+            shown = page.locator(f'article[data-width="{width}"] pre').text_content()
+            assert shown == "<b>The" + expected(own, "<b>The", n_heads)
+        assert complaints == []
+        page.fill("#mix", "1/3")
+        page.uncheck("#side")
+        page.click("#go")
+        expect(page.locator("#problem")).to_contain_text("width '1/3'", timeout=20_000)
+
+
+def test_the_page_of_a_cut_out_mix_starts_with_the_mix(shared: Served) -> None:
+    with opened_page(served(held=(3, 8))) as (page, expect, complaints):
+        expect(page.locator("#width-name")).to_have_text("the mix that was cut out")
+        page.fill("#prompt", "The")
+        page.fill("#tokens", "12")
+        page.fill("#temperature", "0")
+        page.click("#go")
+        expect(page.locator("article p")).to_contain_text("tokens/s", timeout=20_000)
+        expect(page.locator("article h2")).to_have_text("width the mix that was cut out")
+        steps = generate(shared.model, [BYTES.encode("The")], (3, 8), max_new_tokens=12)
+        text = BYTES.decode(BYTES.until_end([int(token) for token in steps]))
+        assert page.locator("article pre").text_content() == "The" + text
+        page.locator("#width").fill("0")
+        expect(page.locator("#width-name")).to_have_text("1/8")
+        assert complaints == []

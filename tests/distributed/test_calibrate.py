@@ -1,0 +1,78 @@
+"""A cut-out mix whose norms are fitted: nothing else moves, held-out loss falls, and the run stays as it was."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.model_folder import load_model as load_folder
+from modeling.open_model import open_model
+from pretrain import calibrate, train
+from pretrain.checkpoint_model import load_model
+from pretrain.data import validation_batches
+from pretrain.distributed import init_ranks
+from pretrain.evaluate import submodel_losses
+from tests.distributed.harness import run_ranks
+from tests.distributed.toy_run import run_config
+
+MIX = (8, 2)
+
+
+@pytest.fixture(scope="module")
+def run_dir(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir: Path = tmp_path_factory.mktemp("calibrate") / "run"
+    assert run_ranks(1, train.main, run_config(dataset, run_dir)) == [0]
+    return run_dir
+
+
+def plain_losses(run_dir: Path, folder: Path) -> tuple[float, float]:
+    """Of the mix in place in the run's model, and of the folder's model."""
+    ranks = init_ranks(1)
+    whole, cfg = load_model(run_dir)
+    batches = validation_batches(cfg.data, vocab_size=64, dp_rank=0, dp_size=1, n_sequences=8)
+    return tuple(submodel_losses(model, batches, [MIX], ranks)[0] for model in (whole, load_folder(folder)))  # type: ignore[return-value]
+
+
+def test_norms_alone_are_fitted_and_the_loss_falls(
+    run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    arguments = [str(run_dir), "--width", "1,1/4", "-o", str(tmp_path / "mix"), "--steps", "20", "--batch", "8"]
+    assert run_ranks(1, calibrate.main, [*arguments, "--sequences", "8"]) == [0]
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    said = re.search(r"held-out loss ([\d.]+) before, ([\d.]+) after 20 steps", capfd.readouterr().out)
+    assert said is not None
+    losses = run_ranks(1, plain_losses, run_dir, tmp_path / "mix")[0]
+    assert [float(loss) for loss in said.groups()] == pytest.approx(losses, abs=1e-4)
+    assert losses[1] < losses[0] - 0.01
+
+    fitted = load_folder(tmp_path / "mix")
+    assert fitted.held == MIX
+    untouched = calibrate.cut_out(load_model(run_dir)[0], MIX)
+    moved = {
+        name
+        for (name, new), old in zip(fitted.named_parameters(), untouched.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    assert moved == {"final_norm", *(f"blocks.{i}.{name}" for i in (0, 1) for name in ("norm", "mixer.gated_norm"))}
+    assert open_model(tmp_path / "mix").model.own_width == "8h,2h"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "1,1,1"], "3 widths for 2 layers"),
+        (["--width", "1,1/4", "--steps", "0"], "out of range"),
+        (["--width", "1,1/4", "--batch", "3"], "multiple of the run's data.micro_batch=2"),
+        (["--width", "1,1/4", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_named(
+    run_dir: Path, tmp_path: Path, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_ranks(1, calibrate.main, [str(run_dir), "-o", str(tmp_path / "mix"), *arguments]) == [2]
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "mix").exists()
