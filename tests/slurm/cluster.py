@@ -7,6 +7,7 @@ Debian's slurm-wlm.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -83,9 +84,15 @@ class Cluster:
         self._spawn(node, ["unshare", "--mount", "--uts", "sh", "-c", inside])
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL a node's slurmd and all that runs on it, as a power cut would."""
-        self._daemons.pop(node).kill()
-        self._sweep(lambda env: f"SLURMD_NODENAME={node}" in env)
+        """SIGKILL a node's slurmd and all that runs on it, as a power cut would: nothing lives to report another's end."""
+        daemon = self._daemons.pop(node)
+        namespace = os.readlink(f"/proc/{daemon.pid}/ns/uts")
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it ended meanwhile
+                    if os.readlink(process / "ns" / "uts") == namespace:
+                        os.kill(int(process.name), number)
+        daemon.wait(10)
 
     def stop(self) -> None:
         """Cancel everything, end the daemons, and sweep what outlived them."""
@@ -98,7 +105,7 @@ class Cluster:
                     daemon.wait(10)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
-        self._sweep(lambda env: f"SLURM_CONF={self.folder}/slurm.conf" in env)
+        self._sweep()
 
     def run(self, *command: str, **variables: str) -> str:
         """A Slurm command's standard output; raises CalledProcessError with what it said."""
@@ -134,14 +141,14 @@ class Cluster:
             command, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
 
-    def _sweep(self, mine: Callable[[str], bool]) -> None:
+    def _sweep(self) -> None:
+        """SIGKILL whatever was started under this cluster's configuration."""
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 env = (process / "environ").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue
-            ours = f"SLURM_CONF={self.folder}/slurm.conf" in env
-            if ours and int(process.name) != os.getpid() and mine("\0".join(env)):
+            if f"SLURM_CONF={self.folder}/slurm.conf" in env and int(process.name) != os.getpid():
                 try:
                     os.kill(int(process.name), signal.SIGKILL)
                 except ProcessLookupError:
