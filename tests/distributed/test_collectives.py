@@ -69,6 +69,7 @@ def calls_of_a_step(cfg: RunConfig) -> Calls:
         (2, {"tensor": 2, "sequence": True, "activation_checkpointing": "block"}),
         (4, {"tensor": 2, "zero_stage": 1}),
         (4, {"tensor": 2, "zero_stage": 2}),
+        (4, {"tensor": 2, "sequence": True}),
         (2, {"zero_stage": 2}),
     ],
     ids=str,
