@@ -26,15 +26,6 @@ LENGTHS = (1, 2, 300, 40)
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 
 
-@pytest.fixture(scope="module")
-def trained() -> LanguageModel:
-    model = LanguageModel(CFG)
-    model.init_weights(0)
-    with torch.no_grad():
-        model.embedding.mul_(20)
-    return model.eval()
-
-
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, CFG.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]

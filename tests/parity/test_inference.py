@@ -25,16 +25,6 @@ LENGTHS = (1, 2, 23, 9)
 
 
 @pytest.fixture(scope="module")
-def trained() -> LanguageModel:
-    model = LanguageModel(CFG)
-    model.init_weights(0)
-    # Wider initial values than training's, so that logits are far from equal and the likeliest token is clear.
-    with torch.no_grad():
-        model.embedding.mul_(20)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
 def model(trained: LanguageModel) -> InferenceModel:
     return InferenceModel(trained)
 

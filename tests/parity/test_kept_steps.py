@@ -21,15 +21,6 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 N = decode.GRAPH_FROM
 
 
-@pytest.fixture(scope="module")
-def trained() -> LanguageModel:
-    model = LanguageModel(CFG)
-    model.init_weights(0)
-    with torch.no_grad():
-        model.embedding.mul_(20)
-    return model.eval()
-
-
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at each capture, which on a CPU captures nothing."""

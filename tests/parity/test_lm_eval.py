@@ -30,15 +30,6 @@ class Request:
 
 
 @pytest.fixture(scope="module")
-def trained() -> LanguageModel:
-    model = LanguageModel(CFG)
-    model.init_weights(0)
-    with torch.no_grad():
-        model.embedding.mul_(20)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
 def folder(trained: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with a tokenizer of single bytes."""
     folder: Path = tmp_path_factory.mktemp("lm") / "model"
