@@ -33,11 +33,19 @@ class Block(nn.Module):
     this rank's share of them.
     """
 
-    def __init__(self, cfg: LanguageConfig, tp: TensorParallel, dtype: torch.dtype, *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        cfg: LanguageConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        in_place_gradients: bool = False,
+    ) -> None:
         super().__init__()
         self.eps, self.dtype, self.tp = cfg.norm_eps, dtype, tp
         self.norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
-        self.mixer = Mixer(cfg, tp, dtype, recompute=recompute)
+        self.mixer = Mixer(cfg, tp, dtype, recompute=recompute, in_place_gradients=in_place_gradients)
 
     def forward(
         self,
@@ -71,11 +79,16 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
+        in_place_gradients: bool = False,
     ) -> None:
         """`recompute` trades memory of training for time: "selective" keeps the mixers' projections and does what lies
         between them again in backward, "block" keeps each block's input alone and does the whole block again.
 
         `held` makes a model whose layers hold fewer heads than cfg.n_heads, one count each: a mix that was cut out.
+
+        `in_place_gradients`: the fused operations add each weight's gradient to its `.grad`, which must exist before
+        forward, at the rows that the width uses, within the matrix product: nothing is filled with zeros, rounded or added
+        a second time. For `backward()` alone: torch.autograd.grad would find no gradient there.
         """
         super().__init__()
         self.held = held or nesting.uniform(cfg.n_heads, cfg.n_layers)
@@ -84,7 +97,11 @@ class LanguageModel(nn.Module):
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
         inside = recompute == "selective"
-        blocks = [Block(_holding(cfg, n), self.tp, dtype, recompute=inside) for n in self.held]
+        self.in_place_gradients = in_place_gradients
+        blocks = [
+            Block(_holding(cfg, n), self.tp, dtype, recompute=inside, in_place_gradients=in_place_gradients)
+            for n in self.held
+        ]
         self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final_norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
 
@@ -136,6 +153,8 @@ class LanguageModel(nn.Module):
         return [block.mixer.empty_state(batch, n) for block, n in zip(self.blocks, widths, strict=True)]
 
     def _embed(self, tokens_bt: Tensor) -> Tensor:
+        if len(self.vocab) == self.cfg.n_vocab_rows:  # every id is this rank's: nothing to mask, nobody to sum with
+            return F.embedding(tokens_bt, self.embedding).flatten(0, 1)
         local_bt = tokens_bt - self.vocab.start
         mine_bt = (local_bt >= 0) & (local_bt < len(self.vocab))
         rows_btd = F.embedding(torch.where(mine_bt, local_bt, 0), self.embedding)

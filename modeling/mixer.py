@@ -19,7 +19,7 @@ from modeling import nesting
 from modeling.config import BackboneConfig
 from modeling.ops import kernels, norm
 from modeling.ops.conv import causal_conv_silu
-from modeling.ops.fused_mixer import MixerWeights, Shape, fused_mixer
+from modeling.ops.fused_mixer import NO_SUMS, MixerWeights, Shape, Sums, fused_mixer
 from modeling.ops.ssd import ssd
 from modeling.tensor_parallel import TensorParallel
 
@@ -45,10 +45,22 @@ class Mixer(nn.Module):
     prefix of rows and tensor parallelism never has to shard a part of a tensor.
     """
 
-    def __init__(self, cfg: BackboneConfig, tp: TensorParallel, dtype: torch.dtype, *, recompute: bool = False) -> None:
-        """With `recompute`, training keeps the projections alone and does what lies between them again in backward."""
+    def __init__(
+        self,
+        cfg: BackboneConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        in_place_gradients: bool = False,
+    ) -> None:
+        """With `recompute`, training keeps the projections alone and does what lies between them again in backward.
+
+        With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see LanguageModel.
+        """
         super().__init__()
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp, dtype, recompute
+        self.in_place_gradients = in_place_gradients
         heads = nesting.local_heads(cfg.n_heads, tp.size)
         inner, bc = heads * cfg.headdim, 2 * cfg.d_state
 
@@ -86,11 +98,16 @@ class Mixer(nn.Module):
     def _fused(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None) -> Tensor:
         cfg, tp = self.cfg, self.tp
         shared = ("in_bc", "conv_bc", "conv_bc_bias")
-        weights = [tp.share(getattr(self, f)) if f in shared else getattr(self, f) for f in MixerWeights._fields]
+        parameters = [getattr(self, f) for f in MixerWeights._fields]
+        weights = [tp.share(p) if f in shared else p for f, p in zip(MixerWeights._fields, parameters, strict=True)]
+        sums: Sums = NO_SUMS
+        if self.in_place_gradients and torch.is_grad_enabled():
+            # What tensor parallelism has yet to sum over ranks goes the way of autograd.
+            sums = tuple(p.grad if w is p else None for w, p in zip(weights, parameters, strict=True))
         heads = nesting.local_heads(n_heads, tp.size)
         shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps, recompute=self.recompute)
         total = tp.total if tp.size > 1 else None
-        return fused_mixer(x_btd, MixerWeights(*weights), shape, seq_idx_bt=seq_idx_bt, total=total)
+        return fused_mixer(x_btd, MixerWeights(*weights), shape, seq_idx_bt=seq_idx_bt, total=total, sums=sums)
 
     def _plain(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, state: MixerState | None) -> Tensor:
         cfg, tp = self.cfg, self.tp
