@@ -21,7 +21,7 @@ from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
-from modeling.ops.kernels.scan_forward import scan_forward
+from modeling.ops.kernels.scan_forward import scan_outputs, scan_states
 from modeling.ops.kernels.weights import gather_projection
 from modeling.ops.products import add_product, product
 
@@ -79,22 +79,21 @@ def fused_mixer(
     Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
     every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
     """
-    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums, torch.is_grad_enabled())
+    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums)
     return out
 
 
 class _FusedMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        weights, (shape, seq_idx, total, sums, grad_enabled) = MixerWeights(*args[:13]), args[13:]
+        weights, (shape, seq_idx, total, sums) = MixerWeights(*args[:13]), args[13:]
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
         projected = F.linear(x, projection)
         z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
-        keep_states = grad_enabled and not shape.recompute
-        mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=keep_states)
+        mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
         squares = None if total is None else total(square_sums(y, z))
         normed, squares = gated_norm_forward(
             y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
@@ -119,13 +118,12 @@ class _FusedMixer(torch.autograd.Function):
         parts = [inner, inner + bc, heads]
         z, xbc, _ = projected.split(parts, dim=-1)
         if shape.recompute:
-            mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=True)
+            mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
             normed, _ = gated_norm_forward(
                 y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
             )
         else:
             mixed, y, states, normed = inside
-        assert states is not None
         sums = MixerWeights(
             *(torch.zeros_like(w) if held is None else held for w, held in zip(weights, ctx.sums, strict=True))
         )
@@ -173,29 +171,17 @@ class _FusedMixer(torch.autograd.Function):
         ):
             total_of[: len(gradient)] += gradient
         returned = (mine if held is None else None for mine, held in zip(sums, ctx.sums, strict=True))
-        return (grad_x, *returned, *(None,) * 5)
+        return (grad_x, *returned, *(None,) * 4)
 
 
 def _scan(
-    xbc: Tensor,
-    steps: TimeSteps,
-    weights: MixerWeights,
-    shape: Shape,
-    seq_idx: Tensor | None,
-    *,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The convolved channels, the scan's output, and where asked the states before each chunk."""
+    xbc: Tensor, steps: TimeSteps, weights: MixerWeights, shape: Shape, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolved channels, the scan's output, and the states before each chunk."""
     mixed = conv_forward(xbc, _taps(weights), seq_idx)
-    y, states = scan_forward(
-        mixed,
-        steps,
-        weights.D,
-        heads=shape.heads,
-        headdim=shape.headdim,
-        seq_idx_bt=seq_idx,
-        keep_states=keep_states,
-    )
+    heads, headdim = shape.heads, shape.headdim
+    states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
+    y = scan_outputs(mixed, steps, states, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     return mixed, y, states
 
 
