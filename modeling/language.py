@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from modeling import nesting
 from modeling.config import LanguageConfig
 from modeling.mixer import Mixer, MixerState, initial_values
+from modeling.ops.fused_mixer import Recompute as MixerRecompute
 from modeling.ops.norm import add_rms_norm
 from modeling.tensor_parallel import Layout, TensorParallel, layout_of, local_part
 
 EMBEDDING_STD = 0.02
-Recompute = Literal["none", "selective", "block"]
+Recompute = Literal["none", "states", "selective", "block"]
 
 
 class Block(nn.Module):
@@ -39,7 +40,7 @@ class Block(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         *,
-        recompute: bool = False,
+        recompute: MixerRecompute = "none",
         in_place_gradients: bool = False,
     ) -> None:
         super().__init__()
@@ -81,8 +82,9 @@ class LanguageModel(nn.Module):
         held: nesting.LayerWidths | None = None,
         in_place_gradients: bool = False,
     ) -> None:
-        """`recompute` trades memory of training for time: "selective" keeps the mixers' projections and does what lies
-        between them again in backward, "block" keeps each block's input alone and does the whole block again.
+        """`recompute` trades memory of training for time. Backward does again, with "states", the scan's states, which the
+        fused path alone keeps; with "selective" what lies between the mixers' projections; with "block" the whole block,
+        whose input alone is kept.
 
         `held` makes a model whose layers hold fewer heads than cfg.n_heads, one count each: a mix that was cut out.
 
@@ -96,10 +98,16 @@ class LanguageModel(nn.Module):
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp or TensorParallel(), dtype, recompute
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
-        inside = recompute == "selective"
+        inside: dict[Recompute, MixerRecompute] = {"states": "states", "selective": "inside"}
         self.in_place_gradients = in_place_gradients
         blocks = [
-            Block(_holding(cfg, n), self.tp, dtype, recompute=inside, in_place_gradients=in_place_gradients)
+            Block(
+                _holding(cfg, n),
+                self.tp,
+                dtype,
+                recompute=inside.get(recompute, "none"),
+                in_place_gradients=in_place_gradients,
+            )
             for n in self.held
         ]
         self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from modeling import nesting
 from modeling.config import BackboneConfig
 from modeling.ops import kernels, norm
 from modeling.ops.conv import causal_conv_silu
-from modeling.ops.fused_mixer import NO_SUMS, MixerWeights, Shape, Sums, fused_mixer
+from modeling.ops.fused_mixer import NO_SUMS, MixerWeights, Recompute, Shape, Sums, fused_mixer
 from modeling.ops.ssd import ssd
 from modeling.tensor_parallel import TensorParallel
 
@@ -51,10 +51,11 @@ class Mixer(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         *,
-        recompute: bool = False,
+        recompute: Recompute = "none",
         in_place_gradients: bool = False,
     ) -> None:
-        """With `recompute`, training keeps the projections alone and does what lies between them again in backward.
+        """What training computes again in backward: with `recompute` "inside" all that lies between the projections, with
+        "states" the scan's states, which the fused path alone keeps.
 
         With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see LanguageModel.
         """
@@ -116,7 +117,7 @@ class Mixer(nn.Module):
 
         weight = torch.cat([self.in_z[:inner], self.in_x[:inner], tp.share(self.in_bc), self.in_dt[:heads]])
         projected = F.linear(x_btd, weight.to(self.dtype))
-        if self.recompute and state is None and torch.is_grad_enabled():
+        if self.recompute == "inside" and state is None and torch.is_grad_enabled():
             normed_bti = checkpoint(
                 self._inside, projected, n_heads, seq_idx_bt, None, use_reentrant=False, preserve_rng_state=False
             )

@@ -11,7 +11,7 @@ Letters: b batch, t time, d model, i inner (the width's channels), h heads, c ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ class MixerWeights(NamedTuple):
     out: Tensor
 
 
+Recompute = Literal["none", "states", "inside"]
+
+
 class Shape(NamedTuple):
     """Which part of the weights runs, and the norm's constants."""
 
@@ -53,9 +56,10 @@ class Shape(NamedTuple):
     n_channels: int
     """Channels that the gated norm averages over: those of all ranks."""
     eps: float
-    recompute: bool = False
-    """Keep the projection for backward and compute what follows it again, up to the output projection: no matrix product
-    but the scan's is done twice, and the step needs less than half the memory."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of keeping it. states: the scan's states, an eighth of what a mixer keeps and a
+    fiftieth of its time. inside: all that follows the projection, up to the output projection; no matrix product but the
+    scan's is done twice, and the step needs less than half the memory."""
 
 
 Total = Callable[[Tensor], Tensor]
@@ -99,8 +103,10 @@ class _FusedMixer(torch.autograd.Function):
             y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
         )
         out_weight = weights.out[:, :inner].to(x.dtype)
-        inside = (None,) * 4 if shape.recompute else (mixed, y, states, normed)
-        ctx.save_for_backward(x, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *inside)
+        kept = {"none": (mixed, y, normed, states), "states": (mixed, y, normed, None), "inside": (None,) * 4}
+        ctx.save_for_backward(
+            x, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *kept[shape.recompute]
+        )
         ctx.shape, ctx.total, ctx.sums = shape, total, sums
         return F.linear(normed, out_weight)
 
@@ -110,20 +116,20 @@ class _FusedMixer(torch.autograd.Function):
         saved = ctx.saved_tensors
         x, weights = saved[0], MixerWeights(*saved[1:14])
         projection, projected, *steps = saved[14:19]
-        squares, out_weight, seq_idx, *inside = saved[19:]
+        squares, out_weight, seq_idx, mixed, y, normed, states = saved[19:]
         steps = TimeSteps(*steps)
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         parts = [inner, inner + bc, heads]
         z, xbc, _ = projected.split(parts, dim=-1)
-        if shape.recompute:
+        if shape.recompute == "inside":
             mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
             normed, _ = gated_norm_forward(
                 y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
             )
-        else:
-            mixed, y, states, normed = inside
+        elif states is None:
+            states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
         sums = MixerWeights(
             *(torch.zeros_like(w) if held is None else held for w, held in zip(weights, ctx.sums, strict=True))
         )

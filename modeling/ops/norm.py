@@ -48,16 +48,16 @@ class _AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         branch = None if branch is None else branch.contiguous()
         total, out, scale = residual_norm_forward(x.contiguous(), branch, weight, eps=eps, dtype=dtype)
-        ctx.save_for_backward(total, weight, scale)
+        ctx.save_for_backward(out, weight, scale)
         ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
         return (total.view_as(total) if branch is None else total), out
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, scale = ctx.saved_tensors
+        out, weight, scale = ctx.saved_tensors
         grad_total = None if grad_total is None else grad_total.contiguous()
-        grads = residual_norm_backward(grad_out.contiguous(), grad_total, total, weight, scale, ctx.branch_dtype)
+        grads = residual_norm_backward(grad_out.contiguous(), grad_total, out, weight, scale, ctx.branch_dtype)
         return (*grads, None, None)
 
 

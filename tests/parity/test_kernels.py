@@ -168,9 +168,9 @@ def test_recomputing_inside_the_mixer_changes_no_bit(case: Case) -> None:
     seq_idx_bt = documents(2, case.t).to(DEVICE) if case.documents else None
     mixer = mixer_of(case, LOW)
     for run in ("fused", "plain"):
-        mixer.recompute = False
+        mixer.recompute = "none"
         expected = results(mixer, run, x_btd, case.width * case.ranks, seq_idx_bt)
-        for recompute, how in ((True, run), (False, f"block {run}")):
+        for recompute, how in (("inside", run), ("states", run), ("none", f"block {run}")):
             mixer.recompute = recompute
             actual = results(mixer, how, x_btd, case.width * case.ranks, seq_idx_bt)
             assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -1,4 +1,8 @@
-"""Residual addition and RMSNorm in one pass: x = x + branch; out = x w / sqrt(mean(x^2) + eps). x stays float32."""
+"""Residual addition and RMSNorm in one pass: x = x + branch; out = x w / sqrt(mean(x^2) + eps). x stays float32.
+
+Backward takes x / rms from `out`, which the layer after it keeps anyway, as out / w: half the bytes of x, and x itself need
+not be kept. A weight of exactly zero hides its channel, and gets a gradient of zero.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SMALLEST = tl.constexpr(1e-30)
 THREADS = 132 * 2048
 """What an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
 
@@ -32,19 +37,19 @@ def _residual_forward(
 
 @triton.jit
 def _residual_backward(
-    grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, scale_ptr, grad_x_ptr, grad_branch_ptr, grad_weight_ptr, rows, width,
+    grad_ptr, grad_sum_ptr, out_ptr, weight_ptr, scale_ptr, grad_x_ptr, grad_branch_ptr, grad_weight_ptr, rows, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, ONWARD: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0)
+    inverse = tl.where(tl.abs(weight) < SMALLEST, 0.0, 1.0 / tl.where(tl.abs(weight) < SMALLEST, 1.0, weight))
     grad_weight = tl.zeros([BLOCK], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         place = row[:, None] * width + column[None, :]
-        scaled = tl.load(x_ptr + place, mask=mask, other=0.0)
+        scaled = tl.load(out_ptr + place, mask=mask, other=0.0).to(tl.float32) * inverse[None, :]
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
-        scaled = scaled * scale
         grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
         grad_weight += tl.sum(grad * scaled, axis=0)
         grad = grad * weight[None, :]
@@ -82,24 +87,24 @@ def residual_norm_forward(
 def residual_norm_backward(
     grad_md: Tensor,
     grad_sum_md: Tensor | None,
-    x_md: Tensor,
+    out_md: Tensor,
     weight_d: Tensor,
     scale_m: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of x (float32), of the branch (its dtype; None without one) and of the weight (float32).
 
-    `x_md` is the sum that was normed, `grad_sum_md` its gradient from later blocks, float32.
+    `out_md` is what forward returned, `grad_sum_md` the gradient of its x from later blocks, float32.
     """
-    d = x_md.shape[-1]
-    n_tokens = x_md.numel() // d
-    grad_x = torch.empty_like(x_md)
-    grad_branch = None if branch_dtype is None else torch.empty(x_md.shape, dtype=branch_dtype, device=x_md.device)
+    d = out_md.shape[-1]
+    n_tokens = out_md.numel() // d
+    grad_x = torch.empty(out_md.shape, dtype=torch.float32, device=out_md.device)
+    grad_branch = None if branch_dtype is None else torch.empty(out_md.shape, dtype=branch_dtype, device=out_md.device)
     blocks, shape = _shape(n_tokens, d)
     programs = min(blocks, THREADS // (32 * shape["num_warps"]))
-    grad_weight = torch.empty(programs, d, dtype=torch.float32, device=x_md.device)
+    grad_weight = torch.empty(programs, d, dtype=torch.float32, device=out_md.device)
     _residual_backward[(programs,)](
-        grad_md, grad_sum_md, x_md, weight_d, scale_m, grad_x, grad_branch, grad_weight, n_tokens, d,
+        grad_md, grad_sum_md, out_md, weight_d, scale_m, grad_x, grad_branch, grad_weight, n_tokens, d,
         **shape, BRANCH=branch_dtype is not None, ONWARD=grad_sum_md is not None,
     )  # fmt: skip
     return grad_x, grad_branch, grad_weight.sum(0)

@@ -25,20 +25,20 @@ def columns_of(headdim: int) -> int:
 
 LAUNCH: dict[str, dict[int, dict[str, int]]] = {
     "states": {
-        32: {"HEADS": 2, "num_warps": 4, "num_stages": 3},
+        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2},
         64: {"HEADS": 1, "num_warps": 4, "num_stages": 3},
     },
-    "outputs": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
+    "outputs": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}},
     "state_gradients": {
-        32: {"HEADS": 2, "num_warps": 4, "num_stages": 3},
+        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2},
         64: {"HEADS": 1, "num_warps": 4, "num_stages": 3},
     },
-    "inputs_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
+    "inputs_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}},
     "c_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
     "b_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
 }
 """How each kernel is launched, by the width of its tile; HEADS are those that one program walks side by side. Fixed, so that
-no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H200
+no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100
 (`python -m tests.perf.kernels --sweep`)."""
 PROGRAMS_WANTED = 132 * 16
 """Several waves of an H200's 132 multiprocessors; where there are fewer chunks, heads are shared out over programs."""
