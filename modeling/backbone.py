@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from modeling import nesting
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, MixerState, initial_values
-from modeling.ops.norm import add_rms_norm
+from modeling.noise import NO_DROPS, LayerDrops
+from modeling.ops.norm import add_norm
 from modeling.tensor_parallel import Layout, TensorParallel, layout_of, local_part
 
 Recompute = Literal["none", "selective", "block"]
@@ -35,6 +36,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps, self.dtype, self.tp = cfg.norm_eps, dtype, tp
         self.norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
+        self.norm_bias = _bias(cfg)
         self.mixer = Mixer(cfg, tp, dtype, recompute=recompute)
 
     def forward(
@@ -45,12 +47,17 @@ class Block(nn.Module):
         batch: int,
         seq_idx_bt: Tensor | None = None,
         state: MixerState | None = None,
+        drops: LayerDrops = NO_DROPS,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream with `branch_md` (None: nothing) added, and this block's own branch at `n_heads` heads."""
+        """The residual stream with `branch_md` (None: nothing) added, and this block's own branch at `n_heads` heads.
+
+        `drops` says what is dropped of `branch_md` and of this block's projection.
+        """
         weight = self.tp.replicate(self.norm)
-        x_md, normed_md = add_rms_norm(x_md, branch_md, weight, eps=self.eps, dtype=self.dtype)
+        bias = None if self.norm_bias is None else self.tp.replicate(self.norm_bias)
+        x_md, normed_md = add_norm(x_md, branch_md, weight, bias, eps=self.eps, dtype=self.dtype, drop=drops.branch)
         normed_btd = self.tp.enter(normed_md).unflatten(0, (batch, -1))
-        partial_btd = self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state)
+        partial_btd = self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state, drop=drops.projection)
         return x_md, self.tp.leave(partial_btd.flatten(0, 1))
 
 
@@ -90,6 +97,7 @@ class Backbone(nn.Module):
         blocks = [Block(_holding(self.cfg, n), self.tp, self.dtype, recompute=inside) for n in self.held]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final_norm = nn.Parameter(torch.empty(self.cfg.d_model, dtype=torch.float32))
+        self.final_norm_bias = _bias(self.cfg)
 
     def check_widths(self, widths: nesting.LayerWidths) -> None:
         """Raise ValueError where `widths` does not fit the model."""
@@ -106,15 +114,17 @@ class Backbone(nn.Module):
         *,
         seq_idx_bt: Tensor | None = None,
         states: list[MixerState] | None = None,
+        drops: Sequence[LayerDrops] | None = None,
     ) -> Tensor:
         """The final norm's output (compute dtype) of the submodel `widths` on `x_md` (float32), m as between mixers.
 
-        All ranks of `tp` must call.
+        `drops` holds one entry a layer and one for the final norm. All ranks of `tp` must call.
         """
         branch_md = None
+        drops = drops or [NO_DROPS] * (len(self.blocks) + 1)
         for layer, block in enumerate(self.blocks):
             if self.recompute == "block" and states is None and torch.is_grad_enabled():
-                # Nothing in a block is random, so there is no generator to put back.
+                # What is random in a block is a function of its arguments, so there is no generator to put back.
                 x_md, branch_md = checkpoint(
                     block,
                     x_md,
@@ -122,14 +132,18 @@ class Backbone(nn.Module):
                     widths[layer],
                     batch,
                     seq_idx_bt,
+                    None,
+                    drops[layer],
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
                 state = None if states is None else states[layer]
-                x_md, branch_md = block(x_md, branch_md, widths[layer], batch, seq_idx_bt, state)
+                x_md, branch_md = block(x_md, branch_md, widths[layer], batch, seq_idx_bt, state, drops[layer])
         weight = self.tp.replicate(self.final_norm)
-        return add_rms_norm(x_md, branch_md, weight, eps=self.cfg.norm_eps, dtype=self.dtype)[1]
+        bias = None if self.final_norm_bias is None else self.tp.replicate(self.final_norm_bias)
+        drop = drops[-1].branch
+        return add_norm(x_md, branch_md, weight, bias, eps=self.cfg.norm_eps, dtype=self.dtype, drop=drop)[1]
 
     def empty_states(self, batch: int, widths: nesting.LayerWidths) -> list[MixerState]:
         """One state a layer, before the first token of `batch` sequences."""
@@ -148,7 +162,7 @@ class Backbone(nn.Module):
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Initial value of the parameter `name` of logical `shape`, float32 on the CPU."""
         if layout_of(name) is Layout.REPLICATED:
-            return torch.ones(shape)
+            return torch.zeros(shape) if name.endswith("_bias") else torch.ones(shape)
         return initial_values(name.rpartition(".")[2], shape, self.cfg, generator)
 
     @classmethod
@@ -157,6 +171,13 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             whole = cls(cfg)
         return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+
+
+def _bias(cfg: BackboneConfig) -> nn.Parameter | None:
+    """The bias of a norm of the residual stream; an RMSNorm has none."""
+    if cfg.residual_norm == "rms":
+        return None
+    return nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
 
 
 def _holding(cfg: BackboneConfig, n_heads: int) -> BackboneConfig:

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.ops.dropout import Drop
 from modeling.ops.kernels.conv import conv_backward, conv_forward
+from modeling.ops.kernels.dropout import drop_rows
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
@@ -58,28 +60,37 @@ class Shape(NamedTuple):
 
 Total = Callable[[Tensor], Tensor]
 """Sums a statistic over the ranks that share the channels."""
+Dropping = tuple[Drop, Tensor]
+"""What is dropped of the input projection, and the number in the whole model of each of its channels (int32)."""
 
 
 def fused_mixer(
-    x_btd: Tensor, weights: MixerWeights, shape: Shape, *, seq_idx_bt: Tensor | None = None, total: Total | None = None
+    x_btd: Tensor,
+    weights: MixerWeights,
+    shape: Shape,
+    *,
+    seq_idx_bt: Tensor | None = None,
+    total: Total | None = None,
+    dropping: Dropping | None = None,
 ) -> Tensor:
     """This rank's share of the mixer's output (x's shape and dtype), from a zero state; autograd goes through it.
 
     Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
     every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
     """
-    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, torch.is_grad_enabled())
+    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, dropping, torch.is_grad_enabled())
     return out
 
 
 class _FusedMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        weights, (shape, seq_idx, total, grad_enabled) = MixerWeights(*args[:13]), args[13:]
+        weights, (shape, seq_idx, total, dropping, grad_enabled) = MixerWeights(*args[:13]), args[13:]
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
         projected = F.linear(x, projection)
+        _drop(projected, dropping)
         z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
         keep_states = grad_enabled and not shape.recompute
@@ -89,7 +100,7 @@ class _FusedMixer(torch.autograd.Function):
         out_weight = weights.out[:, :inner].to(x.dtype)
         inside = (None,) * 4 if shape.recompute else (mixed, y, states, normed)
         ctx.save_for_backward(x, *weights, projection, projected, *steps, sums, out_weight, seq_idx, *inside)
-        ctx.shape, ctx.total = shape, total
+        ctx.shape, ctx.total, ctx.dropping = shape, total, dropping
         return F.linear(normed, out_weight)
 
     @staticmethod
@@ -136,6 +147,7 @@ class _FusedMixer(torch.autograd.Function):
             seq_idx_bt=seq_idx,
         )
         grad_conv, grad_conv_bias = conv_backward(grad_mixed, xbc, _taps(weights), seq_idx, grad_xbc)
+        _drop(grad_projected, ctx.dropping)
         grad_projected_me = grad_projected.flatten(0, 1)
         grad_x = (grad_projected_me @ projection).view_as(x)
         grad_in = scatter_projection(
@@ -153,7 +165,7 @@ class _FusedMixer(torch.autograd.Function):
             _padded(grad_D, weights.D),
             _padded(grad_norm, weights.gated_norm),
             grad_out,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -178,6 +190,21 @@ def _scan(
         keep_states=keep_states,
     )
     return mixed, y, states
+
+
+def _drop(projected: Tensor, dropping: Dropping | None) -> None:
+    """Drop entries of the input projection, or of its gradient, in place."""
+    if dropping is None:
+        return
+    drop, channel_c = dropping
+    drop_rows(
+        projected.flatten(0, 1),
+        drop.key_b,
+        drop.scale_b,
+        channel_c,
+        threshold=drop.threshold,
+        n_tokens=drop.n_tokens,
+    )
 
 
 def _taps(weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
