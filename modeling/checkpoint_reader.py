@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modeling.config import LanguageConfig
-from modeling.language import logical_shapes
+from modeling.models import logical_shapes
 from modeling.tensor_parallel import layout_of, local_index, local_shape
 
 FORMAT_VERSION = 2

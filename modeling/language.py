@@ -71,8 +71,3 @@ class LanguageModel(Backbone):
         if name == "embedding":
             return torch.empty(shape).normal_(std=EMBEDDING_STD, generator=generator)
         return super().initial_value(name, shape, generator)
-
-
-def logical_shapes(cfg: LanguageConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the whole model, whatever tp is."""
-    return LanguageModel.logical_shapes(cfg)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from modeling.checkpoint_reader import FORMAT_VERSION, KINDS, CheckpointError, Piece, RunState
-from modeling.language import logical_shapes
+from modeling.models import logical_shapes
 from modeling.tensor_parallel import layout_of
 from pretrain import checkpoint, retention
 from pretrain.config import RunConfig

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.config import LanguageConfig
-from modeling.language import LanguageModel, logical_shapes
+from modeling.language import LanguageModel
 from modeling.model_folder import CONFIG_NAME, WEIGHTS_NAME, ModelFolderError, read_config
+from modeling.models import logical_shapes
 from modeling.tensor_parallel import layout_of, local_part
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.checkpoint_model import find_checkpoint
