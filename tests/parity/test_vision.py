@@ -182,3 +182,29 @@ def test_the_papers_models_have_their_size(d_model: int, millions: float) -> Non
     cfg = VisionConfig(n_layers=20, d_model=d_model, widths=(64, 32, 16, 8), n_classes=1000)
     total = sum(torch.Size(shape).numel() for shape in VisionModel.logical_shapes(cfg).values())
     assert round(total / 1e6, 1) == millions
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d_model", [512, 1024])
+def test_the_gpus_kernels_equal_plain_pytorch_with_drops(d_model: int, dtype: torch.dtype) -> None:
+    cfg = VisionConfig(
+        n_layers=2, d_model=d_model, widths=(64, 32, 16, 8), n_classes=10, dropout=0.1, drop_path=0.5
+    )  # fmt: skip
+    images_bchw, number_b = some_images(4, 224, 224), torch.tensor([4, 9, 2, 7])
+    for n_heads in (64, 8):
+        found = []
+        for device, compute in (("cpu", torch.float32), ("cuda", dtype)):
+            model = model_of(cfg, dtype=compute).to(device)
+            noise = Noise(3, number_b.to(device))
+            logits = model.logits(model(images_bchw.to(device), cfg.layer_widths(n_heads), noise=noise))
+            F.cross_entropy(logits, torch.tensor([1, 7, 2, 2], device=device)).backward()
+            found.append(
+                {name: p.grad.cpu() for name, p in model.named_parameters()} | {"logits": logits.detach().cpu()}
+            )
+        # bfloat16 rounds each activation at 2^-9; a per-head gradient adds thousands of terms of both signs.
+        bound = 1e-4 if dtype == torch.float32 else 4e-2
+        for name, expected in found[0].items():
+            error = relative(found[1][name], expected)
+            assert error < bound * (4 if name.endswith(("A_log", ".D", "dt_bias")) else 1), f"{name}: {error:.1e}"
