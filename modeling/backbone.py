@@ -32,12 +32,20 @@ class Block(nn.Module):
     this rank's share of them.
     """
 
-    def __init__(self, cfg: BackboneConfig, tp: TensorParallel, dtype: torch.dtype, *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        cfg: BackboneConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        in_place_gradients: bool = False,
+    ) -> None:
         super().__init__()
         self.eps, self.dtype, self.tp = cfg.norm_eps, dtype, tp
         self.norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
         self.norm_bias = _bias(cfg)
-        self.mixer = Mixer(cfg, tp, dtype, recompute=recompute)
+        self.mixer = Mixer(cfg, tp, dtype, recompute=recompute, in_place_gradients=in_place_gradients)
 
     def forward(
         self,
@@ -80,21 +88,27 @@ class Backbone(nn.Module):
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
+        in_place_gradients: bool = False,
     ) -> None:
         """`recompute` trades memory of training for time: "selective" keeps the mixers' projections and does what lies
         between them again in backward, "block" keeps each block's input alone and does the whole block again.
 
         `held` makes a model whose layers hold fewer heads than cfg.n_heads, one count each: a mix that was cut out.
+
+        `in_place_gradients`: the fused operations add each weight's gradient to its `.grad`, which must exist before
+        forward, at the rows that the width uses, within the matrix product: nothing is filled with zeros, rounded or added
+        a second time. For `backward()` alone: torch.autograd.grad would find no gradient there.
         """
         super().__init__()
         self.held = held or nesting.uniform(cfg.n_heads, cfg.n_layers)
         nesting.check_layer_widths(self.held, cfg.n_heads, cfg.n_layers, 1 if tp is None else tp.size)
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp or TensorParallel(), dtype, recompute
+        self.in_place_gradients = in_place_gradients
 
     def make_stack(self) -> None:
         """Make the blocks and the final norm."""
-        inside = self.recompute == "selective"
-        blocks = [Block(_holding(self.cfg, n), self.tp, self.dtype, recompute=inside) for n in self.held]
+        options = {"recompute": self.recompute == "selective", "in_place_gradients": self.in_place_gradients}
+        blocks = [Block(_holding(self.cfg, n), self.tp, self.dtype, **options) for n in self.held]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final_norm = nn.Parameter(torch.empty(self.cfg.d_model, dtype=torch.float32))
         self.final_norm_bias = _bias(self.cfg)

@@ -31,9 +31,10 @@ class LanguageModel(Backbone):
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
+        in_place_gradients: bool = False,
     ) -> None:
         """See Backbone."""
-        super().__init__(cfg, tp=tp, dtype=dtype, recompute=recompute, held=held)
+        super().__init__(cfg, tp=tp, dtype=dtype, recompute=recompute, held=held, in_place_gradients=in_place_gradients)
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
         self.make_stack()
@@ -61,6 +62,8 @@ class LanguageModel(Backbone):
         return F.linear(hidden_btd, self.embedding.to(self.dtype)).float()
 
     def _embed(self, tokens_bt: Tensor) -> Tensor:
+        if len(self.vocab) == self.cfg.n_vocab_rows:  # every id is this rank's: nothing to mask, nobody to sum with
+            return F.embedding(tokens_bt, self.embedding).flatten(0, 1)
         local_bt = tokens_bt - self.vocab.start
         mine_bt = (local_bt >= 0) & (local_bt < len(self.vocab))
         rows_btd = F.embedding(torch.where(mine_bt, local_bt, 0), self.embedding)

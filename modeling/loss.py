@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modeling.language import LanguageModel
 from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
+from modeling.ops.products import add_product
 from modeling.tensor_parallel import TensorParallel
 
 TOKENS_PER_PIECE = 8192
@@ -56,6 +57,7 @@ def next_token_loss(
         distill_weight,
         temperature,
         tp,
+        model.embedding.grad if model.in_place_gradients else None,
         torch.is_grad_enabled(),
     )
     return Loss(total, next_token)
@@ -107,16 +109,8 @@ def _cross_entropy_piece(
     if grad_hidden_md is not None and grad_head_vd is not None:
         write_gradient(logits_mv, local_targets_m, highest_m, sum_m, 1.0 / n_tokens)
         torch.mm(logits_mv, head_vd, out=grad_hidden_md)
-        _add_product(grad_head_vd, logits_mv.T, hidden_md)
+        add_product(grad_head_vd, logits_mv.T, hidden_md)
     return (highest_m + torch.log(sum_m) - picked_m).sum() / n_tokens
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is float32 and a and b may be narrower: within one product, unrounded."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 class _PiecewiseLoss(torch.autograd.Function):
@@ -130,6 +124,7 @@ class _PiecewiseLoss(torch.autograd.Function):
         distill_weight: float,
         temperature: float,
         tp: TensorParallel,
+        head_sum_vd: Tensor | None,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         n_tokens, head_vd = hidden_md.shape[0], embedding_vd.to(hidden_md.dtype)
@@ -171,6 +166,7 @@ class _PiecewiseLoss(torch.autograd.Function):
             total += loss.detach()
             next_token += ce.detach()
         ctx.save_for_backward(grad_hidden_md, grad_head_vd)
+        ctx.head_sum_vd = head_sum_vd
         next_token = next_token.squeeze(0)
         ctx.mark_non_differentiable(next_token)
         return total.squeeze(0), next_token
@@ -179,4 +175,9 @@ class _PiecewiseLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_md, grad_head_vd = ctx.saved_tensors
         grad_hidden_md = (grad_hidden_md * grad_total).to(grad_hidden_md.dtype)
-        return grad_hidden_md, grad_head_vd * grad_total, None, None, None, None, None, None
+        if ctx.head_sum_vd is None:
+            grad_head_vd = grad_head_vd * grad_total
+        else:
+            ctx.head_sum_vd.addcmul_(grad_head_vd, grad_total)
+            grad_head_vd = None
+        return grad_hidden_md, grad_head_vd, *(None,) * 7

@@ -20,7 +20,7 @@ from modeling.config import BackboneConfig
 from modeling.ops import kernels, norm
 from modeling.ops.conv import causal_conv_silu
 from modeling.ops.dropout import Drop, dropped
-from modeling.ops.fused_mixer import MixerWeights, Shape, fused_mixer
+from modeling.ops.fused_mixer import NO_SUMS, MixerWeights, Shape, Sums, fused_mixer
 from modeling.ops.ssd import ssd
 from modeling.tensor_parallel import TensorParallel
 
@@ -46,11 +46,23 @@ class Mixer(nn.Module):
     prefix of rows and tensor parallelism never has to shard a part of a tensor.
     """
 
-    def __init__(self, cfg: BackboneConfig, tp: TensorParallel, dtype: torch.dtype, *, recompute: bool = False) -> None:
-        """With `recompute`, training keeps the projections alone and does what lies between them again in backward."""
+    def __init__(
+        self,
+        cfg: BackboneConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        in_place_gradients: bool = False,
+    ) -> None:
+        """With `recompute`, training keeps the projections alone and does what lies between them again in backward.
+
+        With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see Backbone.
+        """
         super().__init__()
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp, dtype, recompute
         self._channels_of: dict[tuple[int, torch.device], Tensor] = {}
+        self.in_place_gradients = in_place_gradients
         heads = nesting.local_heads(cfg.n_heads, tp.size)
         inner, bc = heads * cfg.headdim, 2 * cfg.d_state
 
@@ -95,12 +107,25 @@ class Mixer(nn.Module):
     def _fused(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None) -> Tensor:
         cfg, tp = self.cfg, self.tp
         shared = ("in_bc", "conv_bc", "conv_bc_bias")
-        weights = [tp.share(getattr(self, f)) if f in shared else getattr(self, f) for f in MixerWeights._fields]
+        parameters = [getattr(self, f) for f in MixerWeights._fields]
+        weights = [tp.share(p) if f in shared else p for f, p in zip(MixerWeights._fields, parameters, strict=True)]
+        sums: Sums = NO_SUMS
+        if self.in_place_gradients and torch.is_grad_enabled():
+            # What tensor parallelism has yet to sum over ranks goes the way of autograd.
+            sums = tuple(p.grad if w is p else None for w, p in zip(weights, parameters, strict=True))
         heads = nesting.local_heads(n_heads, tp.size)
         shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps, recompute=self.recompute)
         total = tp.total if tp.size > 1 else None
         dropping = None if drop is None else (drop, self._channels(n_heads, x_btd.device))
-        return fused_mixer(x_btd, MixerWeights(*weights), shape, seq_idx_bt=seq_idx_bt, total=total, dropping=dropping)
+        return fused_mixer(
+            x_btd,
+            MixerWeights(*weights),
+            shape,
+            seq_idx_bt=seq_idx_bt,
+            total=total,
+            sums=sums,
+            dropping=dropping,
+        )
 
     def _plain(
         self,

@@ -60,4 +60,5 @@ def retrieval_scores(
         sums += torch.tensor([*map(float, found), len(hit_qn)], dtype=torch.float64)
     if sums[3] == 0:
         raise ValueError("no query has another image of its class in the database: use more images")
-    return RetrievalScores(*(float(total / sums[3]) for total in sums[:3]), n_queries=int(sums[3]))
+    at_1, at_5, precision = (sums[:3] / sums[3]).tolist()
+    return RetrievalScores(at_1, at_5, precision, n_queries=int(sums[3]))

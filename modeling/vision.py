@@ -40,9 +40,10 @@ class VisionModel(Backbone):
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
+        in_place_gradients: bool = False,
     ) -> None:
         """See Backbone."""
-        super().__init__(cfg, tp=tp, dtype=dtype, recompute=recompute, held=held)
+        super().__init__(cfg, tp=tp, dtype=dtype, recompute=recompute, held=held, in_place_gradients=in_place_gradients)
         d, pixels = cfg.d_model, COLOURS * cfg.patch_size**2
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -164,6 +164,11 @@ class ParallelConfig:
             "takes parameters away after forward, and the loss still needs the embedding then",
         )
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether a rank's gradients stay whole, in one place, until the step's end; ZeRO 2 shards them before."""
+        return self.zero_stage == 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -273,6 +278,9 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """auto: replay each width's forward and backward as a CUDA graph where that can be (pretrain.passes says why not). off:
+    launch every kernel."""
     seed: int = 1337
     """Seeds initial weights, data order, the sandwich draw and mixes."""
     deterministic: bool = False

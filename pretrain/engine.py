@@ -3,6 +3,10 @@
 Parameters are float32 and the model casts them where they are used, so DeepSpeed runs in float32 too: gradients of all
 widths and micro-batches accumulate in float32, and A_log, dt_bias, D and norms never see a narrower type. ZeRO shards
 the optimizer's master copy and moments over data parallelism.
+
+Under ZeRO 1 gradients add up in one buffer that lives as long as the run, and DeepSpeed gets them once a step: backward is
+torch's own, so that matrix products can add straight into it (LanguageModel's in_place_gradients) and passes can be CUDA
+graphs, which know memory by its address. Under ZeRO 2 DeepSpeed's hooks take each backward's gradients away to shard them.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from modeling.language import LanguageModel
 from modeling.tensor_parallel import layout_of
 from pretrain.config import RunConfig
 from pretrain.distributed import Mpu, Ranks
+from pretrain.gradients import GradientBuffer
 from pretrain.optim import parameter_groups
+from pretrain.passes import GraphedPasses
 
 NEVER_CLIP = 1e30
 """Norm bound that stands for no clipping: DeepSpeed computes the norm, and refuses a non-finite one, only under a bound."""
@@ -69,22 +75,29 @@ class Engine:
         self.model: LanguageModel = model
         self.parameters = dict(model.named_parameters())
         self._make_optimizer_state()
+        self.gradients = GradientBuffer(self.parameters.values()) if cfg.parallel.keeps_gradients else None
+        self.graphs: GraphedPasses | None = None
+        """The passes as CUDA graphs, where the run has them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, through DeepSpeed's hooks."""
-        return self.engine(*args, **kwargs)
+        """The model's forward; under ZeRO 2 through DeepSpeed's hooks."""
+        return self.model(*args, **kwargs) if self.gradients is not None else self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss`. `last` marks the final backward of the step: gradients are reduced there, once.
+        """Add the gradients of `loss`. `last` marks the final backward of the step.
 
-        A step has one backward for each width and micro-batch; DeepSpeed would take each for a whole one, so the
-        boundary is set by hand. The caller has already divided the loss by the number of micro-batches.
+        A step has one backward for each width and micro-batch, and gradients are reduced once. Under ZeRO 2 DeepSpeed would
+        take each for a whole one, so the boundary is set by hand. The caller has already divided the loss by the number
+        of micro-batches.
         """
+        if self.gradients is not None:
+            loss.backward()
+            return
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """Clip, update at rate `lr`, clear gradients. Returns the gradient norm before clipping, over all ranks.
+        """Reduce, clip, update at rate `lr`, clear gradients. Returns the gradient norm before clipping, over all ranks.
 
         Where the norm is not finite DeepSpeed leaves every rank's parameters and state as they were; inf is returned.
         """
@@ -92,13 +105,18 @@ class Engine:
             group["lr"] = lr
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
+        if self.gradients is not None:
+            self.gradients.clear()
         return float(norm)
 
     def discard(self) -> None:
         """Clear the gradients of this step and update nothing. All ranks must call, instead of `step`.
 
-        DeepSpeed drops a step whose norm is not finite, with all that it keeps of the gradients: this makes it so.
+        Under ZeRO 2 DeepSpeed drops a step whose norm is not finite, with all that it keeps of the gradients: this makes it so.
         """
+        if self.gradients is not None:
+            self.gradients.clear()
+            return
         for gradients in self.optimizer.averaged_gradients.values():
             if gradients:
                 gradients[0].fill_(torch.inf)
@@ -144,8 +162,10 @@ class Engine:
 
 
 def deepspeed_config(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run. Accumulation is 1: the boundary is set by hand (see Engine.backward)."""
+    """DeepSpeed's JSON for this run. Accumulation is 1: where a step ends is said by hand (see Engine.backward)."""
     return {
+        # false: `step` reduces whatever gradients there are; backward is nothing that DeepSpeed sees.
+        "managed_gradient_accumulation": not cfg.parallel.keeps_gradients,
         "train_micro_batch_size_per_gpu": cfg.data.micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": cfg.optim.clip_norm or NEVER_CLIP,

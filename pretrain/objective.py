@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from modeling.config import LanguageConfig
@@ -14,6 +15,7 @@ from modeling.nesting import LayerWidths
 from pretrain.config import NestingConfig, RunConfig
 from pretrain.data import Batch
 from pretrain.engine import Engine
+from pretrain.passes import GraphedPasses, PassInputs
 
 
 @dataclass(frozen=True)
@@ -64,27 +66,58 @@ def draws_per_micro_batch(model: LanguageConfig, cfg: NestingConfig) -> int:
     return 3 if cfg.rule == "sandwich" else len(model.widths)
 
 
-def width_losses(
-    engine: Engine, batches: Iterable[Batch], widths: list[WeightedWidth], cfg: RunConfig
+def add_gradients(
+    engine: Engine,
+    batches: Sequence[Batch],
+    widths: Sequence[WeightedWidth],
+    cfg: RunConfig,
+    *,
+    n_micro: int = 1,
+    last: bool,
 ) -> Iterator[tuple[WeightedWidth, Loss]]:
-    """Forward each width on one micro-batch and yield its loss; the caller runs backward before asking for the next.
+    """Forward and backward of each width on one of a step's `n_micro` micro-batches; yields its loss, detached.
 
-    One width's activations are alive at a time. `batches` holds one batch that all widths share, or one for each. With
-    distillation the first, widest one teaches the others. All ranks must call, and exhaust the iterator alike.
+    One width's activations are alive at a time. `batches` holds one batch that all widths share, or one for each, on the
+    device. `last` marks the step's last micro-batch. With distillation the first, widest one teaches the others. A loss is
+    to be read before the next one is asked for. All ranks must call, and exhaust the iterator alike.
     """
-    batches = list(batches)
     teacher_btd: Tensor | None = None
     for i, width in enumerate(widths):
         batch = batches[i % len(batches)]
-        hidden_btd = engine(batch.tokens_bt, width.layers, seq_idx_bt=batch.seq_idx_bt)
-        loss = next_token_loss(
-            engine.model,
-            hidden_btd,
-            batch.targets_bt,
-            teacher_btd=teacher_btd,
-            distill_weight=cfg.nesting.distill_weight,
-            temperature=cfg.nesting.distill_temperature,
-        )
+        scale = torch.full((), width.weight / n_micro, device=batch.tokens_bt.device)
+        inputs = PassInputs(batch.tokens_bt, batch.targets_bt, batch.seq_idx_bt, scale)
+        if engine.graphs is not None:
+            yield width, engine.graphs(width.layers, inputs)
+            continue
+        loss, hidden_btd = _pass(engine, width.layers, inputs, cfg, teacher_btd, last=last and i == len(widths) - 1)
         if cfg.nesting.distill_weight and i == 0:
             teacher_btd = hidden_btd.detach()
         yield width, loss
+
+
+def _pass(
+    engine: Engine,
+    widths: LayerWidths,
+    inputs: PassInputs,
+    cfg: RunConfig,
+    teacher_btd: Tensor | None = None,
+    *,
+    last: bool,
+) -> tuple[Loss, Tensor]:
+    """One forward and backward: the loss, detached, and the final hidden states."""
+    hidden_btd = engine(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
+    loss = next_token_loss(
+        engine.model,
+        hidden_btd,
+        inputs.targets_bt,
+        teacher_btd=teacher_btd,
+        distill_weight=cfg.nesting.distill_weight,
+        temperature=cfg.nesting.distill_temperature,
+    )
+    engine.backward(loss.total * inputs.scale, last=last)
+    return Loss(loss.total.detach(), loss.next_token), hidden_btd
+
+
+def graphed(engine: Engine, cfg: RunConfig) -> GraphedPasses:
+    """This engine's passes as CUDA graphs."""
+    return GraphedPasses(lambda widths, inputs: _pass(engine, widths, inputs, cfg, last=False)[0])

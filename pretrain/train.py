@@ -28,8 +28,9 @@ from pretrain.engine import Engine
 from pretrain.evaluate import validation_losses
 from pretrain.heartbeat import Heartbeats
 from pretrain.metrics import MetricsWriter, Record, StepMeter
-from pretrain.objective import draws_per_micro_batch, step_widths, width_losses
+from pretrain.objective import add_gradients, draws_per_micro_batch, graphed, step_widths
 from pretrain.optim import learning_rate
+from pretrain.passes import why_launched
 from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
@@ -130,16 +131,13 @@ def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> float:
     total = torch.zeros((), device=run.ranks.device)
     for m in range(n_micro):
         batches = [batch.to(run.ranks.device) for batch in micro_batches[m * draws : (m + 1) * draws]]
-        for i, (width, loss) in enumerate(width_losses(run.engine, batches, widths, cfg)):
-            last = m == n_micro - 1 and i == len(widths) - 1
-            weighted = loss.total * (width.weight / n_micro)
-            run.engine.backward(weighted, last=last)
-            n_tokens = batches[0].targets_bt.numel()
+        n_tokens = batches[0].targets_bt.numel()
+        for width, loss in add_gradients(run.engine, batches, widths, cfg, n_micro=n_micro, last=m == n_micro - 1):
             if width.is_mix:
                 run.meter.add_mix(width.layers, n_tokens)
             else:
                 run.meter.add(width.n_heads, loss.next_token, n_tokens)
-            total += weighted.detach()
+            total += loss.total * (width.weight / n_micro)
     return run.ranks.mean(total)
 
 
@@ -231,8 +229,13 @@ def main(cfg: RunConfig) -> int:
 
     dtype = compute_dtype(cfg, ranks.device)
     with torch.device("meta"):
-        recompute = cfg.parallel.activation_checkpointing
-        model = LanguageModel(cfg.model, tp=ranks.tp, dtype=dtype, recompute=recompute)
+        model = LanguageModel(
+            cfg.model,
+            tp=ranks.tp,
+            dtype=dtype,
+            recompute=cfg.parallel.activation_checkpointing,
+            in_place_gradients=cfg.parallel.keeps_gradients,
+        )
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
     warm_start(model, cfg, ranks)
@@ -257,7 +260,11 @@ def main(cfg: RunConfig) -> int:
         n_sequences=cfg.logging.eval_sequences,
     )
     meter = StepMeter(cfg, ranks)
-    logger.info("%s, %s; %s", meter.peak_source, _mixer_path(cfg, ranks.device), f"{dtype} compute")
+    launched = why_launched(cfg, ranks.device)
+    if launched is None:
+        engine.graphs = graphed(engine, cfg)
+    passes = "passes: CUDA graphs" if launched is None else f"passes: launched kernel by kernel ({launched})"
+    logger.info("%s; %s; %s; %s", meter.peak_source, _mixer_path(cfg, ranks.device), passes, f"{dtype} compute")
     with TrainingProgress(start_step=state.step, n_steps=cfg.optim.steps, enabled=ranks.is_main) as progress:
         run = Run(
             cfg=cfg,

@@ -1,8 +1,9 @@
 """A whole mixer as one operation on our Triton kernels, with one backward pass of its own.
 
 What it saves beside the plain path: each activation is read and written once by each of convolution, scan, gate and
-norm; backward writes every part of the projection's gradient in place; and a width costs a few launches, not a hundred
-small ones for slices, casts and their gradients.
+norm; backward writes every part of the projection's gradient in place, and adds the weights' gradients to float32 sums
+that all widths share, at the rows that this width uses; and a width costs a few launches, not a hundred small ones for
+slices, casts and their gradients.
 
 Letters: b batch, t time, d model, i inner (the width's channels), h heads, c channels of the convolution, n state.
 """
@@ -23,7 +24,8 @@ from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forw
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
 from modeling.ops.kernels.scan_forward import scan_forward
-from modeling.ops.kernels.weights import gather_projection, scatter_projection
+from modeling.ops.kernels.weights import gather_projection
+from modeling.ops.products import add_product, product
 
 
 class MixerWeights(NamedTuple):
@@ -60,6 +62,9 @@ class Shape(NamedTuple):
 
 Total = Callable[[Tensor], Tensor]
 """Sums a statistic over the ranks that share the channels."""
+Sums = tuple[Tensor | None, ...]
+"""A float32 sum for each of MixerWeights that backward adds the weight's gradient to; None: autograd gets it instead."""
+NO_SUMS: Sums = (None,) * len(MixerWeights._fields)
 Dropping = tuple[Drop, Tensor]
 """What is dropped of the input projection, and the number in the whole model of each of its channels (int32)."""
 
@@ -71,6 +76,7 @@ def fused_mixer(
     *,
     seq_idx_bt: Tensor | None = None,
     total: Total | None = None,
+    sums: Sums = NO_SUMS,
     dropping: Dropping | None = None,
 ) -> Tensor:
     """This rank's share of the mixer's output (x's shape and dtype), from a zero state; autograd goes through it.
@@ -78,14 +84,14 @@ def fused_mixer(
     Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
     every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
     """
-    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, dropping, torch.is_grad_enabled())
+    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums, dropping, torch.is_grad_enabled())
     return out
 
 
 class _FusedMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        weights, (shape, seq_idx, total, dropping, grad_enabled) = MixerWeights(*args[:13]), args[13:]
+        weights, (shape, seq_idx, total, sums, dropping, grad_enabled) = MixerWeights(*args[:13]), args[13:]
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
@@ -95,12 +101,14 @@ class _FusedMixer(torch.autograd.Function):
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
         keep_states = grad_enabled and not shape.recompute
         mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=keep_states)
-        sums = None if total is None else total(square_sums(y, z))
-        normed, sums = gated_norm_forward(y, z, weights.gated_norm, sums, n_channels=shape.n_channels, eps=shape.eps)
+        squares = None if total is None else total(square_sums(y, z))
+        normed, squares = gated_norm_forward(
+            y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
+        )
         out_weight = weights.out[:, :inner].to(x.dtype)
         inside = (None,) * 4 if shape.recompute else (mixed, y, states, normed)
-        ctx.save_for_backward(x, *weights, projection, projected, *steps, sums, out_weight, seq_idx, *inside)
-        ctx.shape, ctx.total, ctx.dropping = shape, total, dropping
+        ctx.save_for_backward(x, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *inside)
+        ctx.shape, ctx.total, ctx.sums, ctx.dropping = shape, total, sums, dropping
         return F.linear(normed, out_weight)
 
     @staticmethod
@@ -109,7 +117,7 @@ class _FusedMixer(torch.autograd.Function):
         saved = ctx.saved_tensors
         x, weights = saved[0], MixerWeights(*saved[1:14])
         projection, projected, *steps = saved[14:19]
-        sums, out_weight, seq_idx, *inside = saved[19:]
+        squares, out_weight, seq_idx, *inside = saved[19:]
         steps = TimeSteps(*steps)
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
@@ -118,21 +126,24 @@ class _FusedMixer(torch.autograd.Function):
         z, xbc, _ = projected.split(parts, dim=-1)
         if shape.recompute:
             mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=True)
-            normed, _ = gated_norm_forward(y, z, weights.gated_norm, sums, n_channels=shape.n_channels, eps=shape.eps)
+            normed, _ = gated_norm_forward(
+                y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
+            )
         else:
             mixed, y, states, normed = inside
         assert states is not None
-        full_heads = weights.D.shape[0]
+        sums = MixerWeights(
+            *(torch.zeros_like(w) if held is None else held for w, held in zip(weights, ctx.sums, strict=True))
+        )
         grad_md = grad.flatten(0, 1)
-        grad_out = torch.zeros_like(weights.out) if heads < full_heads else torch.empty_like(weights.out)
-        grad_out[:, :inner] = grad_md.T @ normed.flatten(0, 1)
+        add_product(sums.out[:, :inner], grad_md.T, normed.flatten(0, 1))
         grad_normed = (grad_md @ out_weight).view_as(normed)
 
         grad_projected = torch.empty_like(projected)
         grad_z, grad_xbc, grad_dt = grad_projected.split(parts, dim=-1)
         dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm))
         grad_y, grad_norm = gated_norm_backward(
-            grad_normed, y, z, weights.gated_norm, sums, dots, grad_z, n_channels=shape.n_channels, eps=shape.eps
+            grad_normed, y, z, weights.gated_norm, squares, dots, grad_z, n_channels=shape.n_channels, eps=shape.eps
         )
         grad_mixed, grad_A_log, grad_bias, grad_D = scan_backward(
             grad_y,
@@ -150,23 +161,26 @@ class _FusedMixer(torch.autograd.Function):
         _drop(grad_projected, ctx.dropping)
         grad_projected_me = grad_projected.flatten(0, 1)
         grad_x = (grad_projected_me @ projection).view_as(x)
-        grad_in = scatter_projection(
-            grad_projected_me.T @ x.flatten(0, 1), heads=heads, headdim=headdim, full_heads=full_heads, bc=bc
-        )
-        return (
-            grad_x,
-            *grad_in,
-            _padded(grad_conv[:inner], weights.conv_x),
-            _padded(grad_conv_bias[:inner], weights.conv_x_bias),
-            grad_conv[inner:],
-            grad_conv_bias[inner:],
-            _padded(grad_bias, weights.dt_bias),
-            _padded(grad_A_log, weights.A_log),
-            _padded(grad_D, weights.D),
-            _padded(grad_norm, weights.gated_norm),
-            grad_out,
-            *(None,) * 5,
-        )
+        x_md = x.flatten(0, 1)
+        # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
+        add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
+        add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)
+        grad_bc, grad_in_dt = product(grad_projected_me[:, 2 * inner :].T, x_md).split([bc, heads])
+        for total_of, gradient in (
+            (sums.in_bc, grad_bc),
+            (sums.in_dt, grad_in_dt),
+            (sums.conv_x, grad_conv[:inner]),
+            (sums.conv_x_bias, grad_conv_bias[:inner]),
+            (sums.conv_bc, grad_conv[inner:]),
+            (sums.conv_bc_bias, grad_conv_bias[inner:]),
+            (sums.dt_bias, grad_bias),
+            (sums.A_log, grad_A_log),
+            (sums.D, grad_D),
+            (sums.gated_norm, grad_norm),
+        ):
+            total_of[: len(gradient)] += gradient
+        returned = (mine if held is None else None for mine, held in zip(sums, ctx.sums, strict=True))
+        return (grad_x, *returned, *(None,) * 6)
 
 
 def _scan(
@@ -209,12 +223,3 @@ def _drop(projected: Tensor, dropping: Dropping | None) -> None:
 
 def _taps(weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weights.conv_x, weights.conv_x_bias, weights.conv_bc, weights.conv_bc_bias
-
-
-def _padded(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a weight's first rows as one of the whole weight."""
-    if len(grad) == len(weight):
-        return grad
-    whole = torch.zeros_like(weight)
-    whole[: len(grad)] = grad
-    return whole

@@ -16,7 +16,7 @@ from modeling.models import logical_shapes
 from modeling.tensor_parallel import TensorParallel, layout_of, local_index, local_part
 from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict
-from pretrain.distributed import init_ranks
+from pretrain.distributed import Ranks, init_ranks
 from pretrain.engine import Engine
 from pretrain.optim import learning_rate, parameter_groups
 from tests.distributed.harness import RankFailedError, run_ranks
@@ -92,7 +92,12 @@ def one_rank_in_plain_torch(cfg: RunConfig) -> dict[str, Any]:
 def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
     """The same steps as one rank of a layout: its losses, and its local gradients and parameters."""
     ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
-    model = LanguageModel(cfg.model, tp=ranks.tp, recompute=cfg.parallel.activation_checkpointing)
+    model = LanguageModel(
+        cfg.model,
+        tp=ranks.tp,
+        recompute=cfg.parallel.activation_checkpointing,
+        in_place_gradients=cfg.parallel.keeps_gradients,
+    )
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)
     n_mine = 4 // ranks.dp_size
@@ -110,7 +115,7 @@ def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
                 engine.backward(loss.total / (n_mine * len(all_widths)), last=last)
                 step_losses[i] += loss.next_token.detach() / n_mine
         if step == 0:
-            gradients = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+            gradients = {name: reduced_gradient(p, engine, ranks) for name, p in model.named_parameters()}
         norms.append(engine.step(learning_rate(step, cfg.optim)))
         torch.distributed.all_reduce(step_losses, group=ranks.dp_group)
         losses.append((step_losses / ranks.dp_size).tolist())
@@ -122,6 +127,17 @@ def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
         "gradients": gradients,
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
     }
+
+
+def reduced_gradient(parameter: torch.nn.Parameter, engine: Engine, ranks: Ranks) -> Tensor:
+    """The step's gradient over all replicas. Under ZeRO 1 DeepSpeed takes the mean inside `step`, whose norm and update are
+    compared too; what it is given is averaged here."""
+    if engine.gradients is None:
+        return safe_get_full_grad(parameter).clone()
+    assert parameter.grad is not None
+    gradient = parameter.grad.clone()
+    torch.distributed.all_reduce(gradient, group=ranks.dp_group)
+    return gradient / ranks.dp_size
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:

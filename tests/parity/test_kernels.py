@@ -133,7 +133,7 @@ def results(
     (out_btd.float() * weight).sum().backward()
     gradients = {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None}
     assert x_btd.grad is not None
-    return {"out": out_btd.detach(), "x": x_btd.grad, **gradients}
+    return {"output": out_btd.detach(), "x": x_btd.grad, **gradients}
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -179,6 +179,32 @@ def test_recomputing_inside_the_mixer_changes_no_bit(case: Case) -> None:
             mixer.recompute = recompute
             actual = results(mixer, how, x_btd, case.width * case.ranks, seq_idx_bt)
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.ranks > 1 or c.width < c.heads], ids=str)
+def test_gradients_in_place_are_added_to_what_is_there(case: Case) -> None:
+    x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    n_heads = case.width * case.ranks
+    mixer = mixer_of(case, LOW)
+    expected = results(mixer, "fused", x_btd, n_heads, None)
+    mixer.in_place_gradients = True
+    before = {name: torch.randn(p.shape, device=DEVICE) for name, p in mixer.named_parameters()}
+    for name, p in mixer.named_parameters():
+        p.grad = before[name].clone()
+    held = {name: p.grad for name, p in mixer.named_parameters()}
+    x_btd = x_btd.to(mixer.dtype).requires_grad_()
+    out_btd = mixer._fused(x_btd, n_heads, None)
+    weight = torch.randn(out_btd.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    (out_btd.float() * weight).sum().backward()
+    assert torch.equal(out_btd, expected["output"])
+    for name, p in mixer.named_parameters():
+        assert p.grad is held[name], f"{name}: another tensor took its place"
+        # Added within the product instead of after it: float32's rounding of a sum as large as either part.
+        torch.testing.assert_close(
+            p.grad - before[name], expected[name], rtol=1e-5, atol=2e-5 * expected[name].abs().max().item() + 2e-6
+        )
+        unused = expected[name] == 0
+        assert torch.equal(p.grad[unused], before[name][unused]), f"{name}: written where the width has no rows"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
@@ -261,7 +287,7 @@ def test_the_fused_mixer_drops_what_the_plain_one_drops() -> None:
     actual = results(mixer, "fused", x_btd, n_heads, None, drop)
     assert_close(actual, expected, torch.float32)
     without = results(mixer, "fused", x_btd, n_heads, None)
-    assert float((without["out"] - expected["out"]).norm()) > 0.1 * float(expected["out"].norm())
+    assert float((without["output"] - expected["output"]).norm()) > 0.1 * float(expected["output"].norm())
     # Computed again in backward, by torch or by the mixer itself, the very same entries are dropped.
     by_torch = results(mixer, "block fused", x_btd, n_heads, None, drop)
     mixer.recompute = True

@@ -41,10 +41,15 @@ MODES = ("none", "selective", "block")
 GIB = 2**30
 
 
-def build(cfg: RunConfig, ranks: Ranks, tp: TensorParallel) -> LanguageModel:
+def build(cfg: RunConfig, ranks: Ranks, tp: TensorParallel, *, in_place_gradients: bool = False) -> LanguageModel:
     with torch.device("meta"):
-        recompute = cfg.parallel.activation_checkpointing
-        model = LanguageModel(cfg.model, tp=tp, dtype=compute_dtype(cfg, ranks.device), recompute=recompute)
+        model = LanguageModel(
+            cfg.model,
+            tp=tp,
+            dtype=compute_dtype(cfg, ranks.device),
+            recompute=cfg.parallel.activation_checkpointing,
+            in_place_gradients=in_place_gradients,
+        )
     model.to_empty(device=ranks.device)
     for parameter in model.parameters():  # values do not matter; those of a real start take a minute to draw
         torch.nn.init.uniform_(parameter, -0.02, 0.02)
@@ -81,7 +86,7 @@ def free() -> None:
 
 def measure_mode(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     before = torch.cuda.memory_allocated()  # DeepSpeed lets go of an earlier model late
-    model = build(cfg, ranks, ranks.tp)
+    model = build(cfg, ranks, ranks.tp, in_place_gradients=cfg.parallel.keeps_gradients)
     engine = Engine(model, cfg, ranks)
     ids = torch.randint(0, cfg.model.vocab_size, (cfg.data.micro_batch, cfg.data.seq_len + 1), device=ranks.device)
 

@@ -35,7 +35,8 @@ from pretrain.data import Batch
 from pretrain.distributed import Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
 from pretrain.hardware import device_name
-from pretrain.objective import step_widths, width_losses
+from pretrain.objective import add_gradients, graphed, step_widths
+from pretrain.passes import why_launched
 from pretrain.plan import GPUS, MEASURED_ON, Cluster, predict
 from pretrain.provenance import git_commit, versions
 from pretrain.train import compute_dtype
@@ -70,10 +71,9 @@ def take_step(engine: Engine, cfg: RunConfig, batches: list[Batch]) -> tuple[tor
     widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, 0)
     total = torch.zeros((), device=batches[0].tokens_bt.device)
     for m, batch in enumerate(batches):
-        for i, (width, loss) in enumerate(width_losses(engine, [batch], widths, cfg)):
-            weighted = loss.total * (width.weight / len(batches))
-            engine.backward(weighted, last=m == len(batches) - 1 and i == len(widths) - 1)
-            total += weighted.detach()
+        last = m == len(batches) - 1
+        for width, loss in add_gradients(engine, [batch], widths, cfg, n_micro=len(batches), last=last):
+            total += loss.total * (width.weight / len(batches))
     return total, engine.step(1e-4)
 
 
@@ -112,11 +112,18 @@ def measure(cfg: RunConfig, steps: int) -> Row:
     """One layout, on this rank; every rank of the job calls. Rank 0's row counts."""
     ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
     with torch.device("meta"):
-        recompute = cfg.parallel.activation_checkpointing
-        model = LanguageModel(cfg.model, tp=ranks.tp, dtype=compute_dtype(cfg, ranks.device), recompute=recompute)
+        model = LanguageModel(
+            cfg.model,
+            tp=ranks.tp,
+            dtype=compute_dtype(cfg, ranks.device),
+            recompute=cfg.parallel.activation_checkpointing,
+            in_place_gradients=cfg.parallel.keeps_gradients,
+        )
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)
+    if why_launched(cfg, ranks.device) is None:
+        engine.graphs = graphed(engine, cfg)
     losses, norms, taken = [], [], []
     for step in range(max(WARM_UP, COMPARED) + steps):
         batches = tokens_of(cfg, ranks, step)

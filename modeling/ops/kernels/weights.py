@@ -1,4 +1,4 @@
-"""The input projection's weight at a width: the first rows of its four parts, cast and laid one after another; and back.
+"""The input projection's weight at a width: the first rows of its four parts, cast and laid one after another.
 
 Letters: e rows of the projection (z, x, B and C, dt), d model.
 """
@@ -30,24 +30,6 @@ def _gather_projection(z_ptr, x_ptr, bc_ptr, dt_ptr, out_ptr, inner, bc, width, 
     tl.store(out_ptr + row.to(tl.int64) * width + column, value.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
-def _scatter_projection(grad_ptr, out_ptr, inner, heads, full_inner, bc, full_heads, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = column < width
-    # Where this row of the full parts, one after another, lies in the gradient of the width; -1 where it is not in it.
-    source = tl.where(row < inner, row, -1)
-    of_x = row - full_inner
-    source = tl.where((of_x >= 0) & (of_x < inner), of_x + inner, source)
-    of_bc = of_x - full_inner
-    source = tl.where((of_bc >= 0) & (of_bc < bc), of_bc + 2 * inner, source)
-    of_dt = of_bc - bc
-    source = tl.where((of_dt >= 0) & (of_dt < heads), of_dt + 2 * inner + bc, source)
-    used = live & (source + column * 0 >= 0)
-    value = tl.load(grad_ptr + source.to(tl.int64) * width + column, mask=used, other=0.0)
-    tl.store(out_ptr + row.to(tl.int64) * width + column, value.to(tl.float32), mask=live)
-
-
 def gather_projection(
     z_id: Tensor, x_id: Tensor, bc_cd: Tensor, dt_hd: Tensor, *, heads: int, headdim: int, dtype: torch.dtype
 ) -> Tensor:
@@ -57,18 +39,3 @@ def gather_projection(
     out = torch.empty(rows, width, dtype=dtype, device=z_id.device)
     _gather_projection[(rows, triton.cdiv(width, BLOCK))](z_id, x_id, bc_cd, dt_hd, out, inner, bc, width, BLOCK=BLOCK)
     return out
-
-
-def scatter_projection(
-    grad_ed: Tensor, *, heads: int, headdim: int, full_heads: int, bc: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of `gather_projection`'s result as float32 gradients of the whole z, x, B C and dt: zero where unused."""
-    width = grad_ed.shape[1]
-    full_inner = full_heads * headdim
-    rows = [full_inner, full_inner, bc, full_heads]
-    out = torch.empty(sum(rows), width, dtype=torch.float32, device=grad_ed.device)
-    _scatter_projection[(sum(rows), triton.cdiv(width, BLOCK))](
-        grad_ed, out, heads * headdim, heads, full_inner, bc, full_heads, width, BLOCK=BLOCK
-    )
-    z, x, bc_grad, dt = out.split(rows)
-    return z, x, bc_grad, dt

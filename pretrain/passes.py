@@ -1,0 +1,83 @@
+"""Passes, the forward and backward of one width on one micro-batch, replayed as CUDA graphs.
+
+A pass has thousands of kernels, and the narrow widths' are shorter than launching them takes: on one H200 the 1.4B's
+eighth width spends two fifths of its time waiting for the host. A pass is launched the first time (which compiles what it
+needs), captured the second, replayed from then on. All graphs share one memory pool: they run one after another, and none
+keeps anything but its losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modeling.loss import Loss
+from modeling.nesting import LayerWidths
+from pretrain.config import RunConfig
+
+
+class PassInputs(NamedTuple):
+    """What a pass reads, on the device."""
+
+    tokens_bt: Tensor
+    targets_bt: Tensor
+    seq_idx_bt: Tensor | None
+    scale: Tensor
+    """What the loss is multiplied by before backward: float32, no dims."""
+
+
+Pass = Callable[[LayerWidths, PassInputs], Loss]
+"""Adds the gradients of scale * loss, and returns the loss; gradients lie at fixed addresses, and nothing waits for the GPU."""
+
+
+def why_launched(cfg: RunConfig, device: torch.device) -> str | None:
+    """Why passes are launched kernel by kernel, or None where they are captured."""
+    if device.type != "cuda":
+        return "no GPU"
+    if cfg.cuda_graphs == "off":
+        return "cuda_graphs=off"
+    if not cfg.parallel.keeps_gradients:
+        return "ZeRO 2 takes gradients away in each backward"
+    if cfg.parallel.tensor > 1:
+        return "tensor parallelism has collectives in each pass"
+    if cfg.nesting.distill_weight:
+        return "distillation hands a teacher's states from pass to pass"
+    if cfg.nesting.mix_rate:
+        return "mixes differ from step to step"
+    return None
+
+
+class GraphedPasses:
+    """`run` as CUDA graphs, one for each submodel and shape of inputs."""
+
+    def __init__(self, run: Pass) -> None:
+        self._run = run
+        self._pool = torch.cuda.graph_pool_handle()
+        self._launched: set[tuple[object, ...]] = set()
+        self._captured: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, PassInputs, Loss]] = {}
+
+    def __call__(self, widths: LayerWidths, inputs: PassInputs) -> Loss:
+        """As `run`; what it returns is overwritten by the next call for the same submodel."""
+        key = (widths, *(None if x is None else x.shape for x in inputs))
+        if key not in self._launched:
+            self._launched.add(key)
+            return self._run(widths, inputs)
+        if key not in self._captured:
+            self._captured[key] = self._capture(widths, inputs)
+        graph, fixed, loss = self._captured[key]
+        for mine, given in zip(fixed, inputs, strict=True):
+            if mine is not None and given is not None:
+                mine.copy_(given)
+        graph.replay()
+        return loss
+
+    def _capture(self, widths: LayerWidths, inputs: PassInputs) -> tuple[torch.cuda.CUDAGraph, PassInputs, Loss]:
+        fixed = PassInputs(*(None if x is None else x.clone() for x in inputs))  # type: ignore[arg-type]
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a loader that pins memory, a checkpoint being written) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = self._run(widths, fixed)
+        return graph, fixed, loss
