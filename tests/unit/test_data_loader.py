@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from data_prep.shard_schema import Manifest
 from data_prep.shard_writer import ShardLayout, SplitState, SplitWriter, write_atomic, write_index
 from pretrain.config import ConfigError, DataConfig
-from pretrain.data import RowOrder, TokenLoader, _MicroBatches, validation_batches
+from pretrain.data import TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.shard_store import DatasetError
+from pretrain.stream import MicroBatches, RowOrder
 
 VOCAB, EOS, ROW = 300, 0, 16
 FROZEN_EPOCH_0 = [9, 3, 2, 11, 1, 5, 4, 7, 10, 0, 8, 6]
@@ -118,7 +119,7 @@ def test_the_stream_is_the_same_for_every_data_parallel_size(
         seen: list[int] = []
         for dp_rank in range(dp_size):
             sampler = iter(
-                _MicroBatches(start=position, per_step=per_step, dp_rank=dp_rank, dp_size=dp_size, micro_batch=micro)
+                MicroBatches(start=position, per_step=per_step, dp_rank=dp_rank, dp_size=dp_size, micro_batch=micro)
             )
             for _ in range(per_step // (dp_size * micro)):
                 first, n = next(sampler)
