@@ -186,6 +186,7 @@ def batch_loader(
         timeout=WORKER_TIMEOUT_S if n_workers else 0,
         worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each start draws from the global one, and a resumed run's dropout differs
     )
 
 
