@@ -1,6 +1,6 @@
 """Rows of one split of a dataset, by number: streaming's StreamingDataset used as a store of shards.
 
-StreamingDataset downloads, decompresses and caches; the order of rows is `pretrain.stream`'s alone. Three of its habits
+StreamingDataset downloads, decompresses and caches; the order of rows is `pretrain.stream`'s alone. Four of its habits
 need care, and get it here:
 
 - It keeps state in shared memory that outlives a crash and then blocks the next start ("Reused local directory").
@@ -10,10 +10,12 @@ need care, and get it here:
   holds a file lock while the dataset is built.
 - It learns its place from RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE alone, which Slurm does not set. They are
   set while it is built, to what torch.distributed knows.
+- Its shared memory stays until the process ends. It goes with its RowStore.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -23,6 +25,7 @@ import re
 import socket
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,7 @@ class RowStore:
             self._dataset = StreamingDataset(
                 remote=path if cache_dir else None, local=local, split=split, predownload=1
             )
+        weakref.finalize(self, _release, _segments(self._dataset), os.getpid())
         self.rows_per_shard: NDArray[np.int64] = self._dataset.samples_per_shard.copy()
         self._files: list[Any] = [shard.raw_data for shard in self._dataset.shards]  # type: ignore[attr-defined]
         # Shared with the loader processes that are forked from this one: one of them checks a shard for all. Two that
@@ -115,6 +119,27 @@ class RowStore:
                 f"shard {self.shard_name(shard_number)}: checksum {found[:16]}... is not the index's "
                 f"{expected[:16]}..., the file is damaged. {self.way_out}"
             )
+
+
+def _segments(dataset: Any) -> list[Any]:
+    """The shared memory that `dataset` created or attached to for itself."""
+    arrays = [dataset._shared_barrier._arr, dataset._shard_states, dataset._shard_access_times]
+    arrays += [scalar.arr for scalar in (dataset._next_epoch, dataset._cache_usage)]
+    return [dataset._locals_shm, *(array.shm for array in arrays)]
+
+
+def _release(segments: list[Any], owner: int) -> None:
+    """Close shared memory; in a process that was forked from its `owner`, leave it alone.
+
+    The library does this only when the process ends, and each new dataset attaches to all that is there: a process that
+    builds sixty one after the other has 20,000 files open.
+    """
+    if os.getpid() != owner:
+        return
+    for segment in segments:
+        atexit.unregister(segment.cleanup)
+        with contextlib.suppress(BufferError):  # a row that is still being read
+            segment.cleanup()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -173,7 +173,7 @@ class StepLoader(Generic[AnyBatch]):
 
 
 def batch_loader(
-    reader: Dataset[AnyBatch], sampler: Sampler[Any], n_workers: int, prefetch_batches: int
+    reader: Dataset[AnyBatch], sampler: Iterable[Any], n_workers: int, prefetch_batches: int
 ) -> DataLoader[AnyBatch]:
     """`reader[key]` for each key of `sampler`, in its order, made by `n_workers` processes (0: by this one)."""
     return DataLoader(
@@ -186,6 +186,7 @@ def batch_loader(
         timeout=WORKER_TIMEOUT_S if n_workers else 0,
         worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each start draws from the global one, and a resumed run's dropout differs
     )
 
 
