@@ -349,8 +349,8 @@ class RunConfig:
         raise NotImplementedError
 
     @property
-    def n_eval_sequences(self) -> int | None:
-        """Validation samples over all ranks; None: all of them."""
+    def n_eval_sequences(self) -> int:
+        """Validation samples over all ranks; 0: all of them."""
         raise NotImplementedError
 
     @property

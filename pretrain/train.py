@@ -26,6 +26,7 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
+from pretrain.hardware import compute_dtype
 from pretrain.heartbeat import Heartbeats
 from pretrain.metrics import MetricsWriter, Record, StepMeter
 from pretrain.objective import add_gradients, graphed, step_widths
@@ -299,13 +300,6 @@ def _mixer_path(cfg: RunConfig, device: torch.device) -> str:
         return "mixer: fused Triton kernels"
     scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"
     return f"mixer: {scan} ({why})"
-
-
-def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
-    """The dtype of activations and of the weights' working copies."""
-    if cfg.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if cfg.precision == "bf16" else torch.float32
 
 
 def _check_same_config(cfg: RunConfig, ranks: Ranks) -> None:

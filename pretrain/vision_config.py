@@ -22,11 +22,11 @@ class VisionRunConfig(RunConfig):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         try:
             self.model.grid_of(self.data.image_size, self.data.image_size)
         except ValueError as error:
             raise ConfigError(f"data.image_size={self.data.image_size}: {error}") from None
+        super().__post_init__()
         self.augment.check_micro_batch(self.data.micro_batch)
 
     @property
@@ -44,6 +44,6 @@ class VisionRunConfig(RunConfig):
         return training_flops_per_image(self.model, widths, self.data.image_size)
 
     @property
-    def n_eval_sequences(self) -> int | None:
+    def n_eval_sequences(self) -> int:
         """See RunConfig."""
-        return self.logging.eval_sequences or None
+        return self.logging.eval_sequences
