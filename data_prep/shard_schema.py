@@ -78,24 +78,45 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises FileNotFoundError where there is none, ValueError where it is not one that this version can read.
     """
+    raw = manifest_values(folder, Manifest, what="token dataset", script="data_prep/tokenize_fineweb.py")
+    return Manifest(**raw)
+
+
+def manifest_kind(folder: str | Path) -> str:
+    """What the dataset at `folder` holds: tokens or images; tokens too where no manifest can be read."""
+    try:
+        raw = json.loads((Path(folder) / MANIFEST_NAME).read_text())
+    except (OSError, ValueError):
+        return "tokens"
+    return str(raw.get("kind", "tokens")) if isinstance(raw, dict) else "tokens"
+
+
+def manifest_values(folder: str | Path, kind: type[Any], *, what: str, script: str) -> dict[str, Any]:
+    """The fields of the `kind` of manifest at `folder`, for the constructor. `what` and `script` are for the messages.
+
+    Raises FileNotFoundError where there is none, ValueError where it is not one that this version can read.
+    """
     path = Path(folder) / MANIFEST_NAME
     try:
         text = path.read_text()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is missing: not a token dataset, or one whose preparation did not finish. "
-            "Run data_prep/tokenize_fineweb.py again; it goes on from the last whole shard"
+            f"{path} is missing: not {'an' if what[0] in 'aeiou' else 'a'} {what}, or one whose preparation did not "
+            f"finish. Run {script} again; it goes on from the last whole shard"
         ) from None
     try:
-        raw = json.loads(text)
+        raw: dict[str, Any] = json.loads(text)
         version = raw["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest ({error!r}): prepare the data again") from error
-    if version != SCHEMA_VERSION:
+    known = {field.name: field.default for field in fields(kind)}
+    found_kind, own_kind = raw.get("kind", "tokens"), known.get("kind", "tokens")
+    if found_kind != own_kind:
+        raise ValueError(f"{path} is of {found_kind}, not of {own_kind}: name a dataset made by {script}")
+    if version != known["schema_version"]:
         raise ValueError(
-            f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}: prepare the data again"
+            f"{path} has schema version {version}, this code reads {known['schema_version']}: prepare the data again"
         )
-    expected = {field.name for field in fields(Manifest)}
-    if set(raw) != expected:
-        raise ValueError(f"{path}: keys {sorted(set(raw) ^ expected)} are missing or unknown: prepare the data again")
-    return Manifest(**raw)
+    if set(raw) != set(known):
+        raise ValueError(f"{path}: keys {sorted(set(raw) ^ set(known))} are missing or unknown: prepare the data again")
+    return raw

@@ -18,13 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from modeling.config import LanguageConfig
-from modeling.language import logical_shapes
+from modeling.config import BackboneConfig
+from modeling.models import logical_shapes
 from modeling.tensor_parallel import layout_of, local_index, local_shape
 
 FORMAT_VERSION = 2
 """2: the manifest carries a hash of itself. Version 1, which does not, is read too."""
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+EMA = "ema"
+"""A fourth kind, where the run keeps a moving average of the weights: the manifest's "kinds" says so."""
+WEIGHTS = ("auto", "master", "ema")
+"""Which weights to take: those that were trained last, their moving average, or the average where there is one."""
+WEIGHTS_HELP = "master: the last trained ones; ema: their moving average; auto: the average where the run keeps one"
 
 
 class CheckpointError(RuntimeError):
@@ -102,6 +107,9 @@ class Reader:
         if said is not None and said != manifest_sha256(self.manifest):
             raise CheckpointError(f"{path}: contents do not match its own SHA-256: take another checkpoint")
         try:
+            self.kinds: tuple[str, ...] = tuple(str(kind) for kind in self.manifest.get("kinds", KINDS))
+            if self.kinds not in (KINDS, (*KINDS, EMA)):
+                raise ValueError(f"kinds {self.kinds}")
             state = self.manifest["state"]
             self.state = RunState(**{**state, "recent_losses": tuple(state.get("recent_losses", ()))})
             self.tp = int(self.manifest["layout"]["tensor"])
@@ -140,7 +148,7 @@ class Reader:
             if file_sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{path}: contents do not match the manifest's SHA-256")
 
-    def check_model(self, cfg: LanguageConfig) -> None:
+    def check_model(self, cfg: BackboneConfig) -> None:
         """Raise CheckpointError unless the checkpoint holds this model's parameters, in name and shape."""
         layers = {name.split(".")[1] for name in self.shapes if name.startswith("blocks.")}
         if len(layers) != cfg.n_layers:
@@ -154,7 +162,7 @@ class Reader:
                 )
 
     def full(self, name: str, kind: str, n_heads: int) -> Tensor:
-        """The logical parameter `name` in the model's own head order: float32, CPU. `kind` is one of KINDS.
+        """The logical parameter `name` in the model's own head order: float32, CPU. `kind` is one of self.kinds.
 
         Holds one parameter in memory, and reads only its bytes. Raises CheckpointError where a piece is missing.
         """
@@ -173,10 +181,15 @@ class Reader:
             raise CheckpointError(f"{self.folder}: {found} of {full.numel()} entries of {name} are there")
         return full
 
-    def weights(self, n_heads: int) -> Iterator[tuple[str, Tensor]]:
-        """Every logical parameter, one at a time."""
+    def weights(self, n_heads: int, which: str = "auto") -> Iterator[tuple[str, Tensor]]:
+        """Every logical parameter, one at a time; `which` is one of WEIGHTS. Raises CheckpointError where it is not there."""
+        if which == EMA and EMA not in self.kinds:
+            raise CheckpointError(
+                f"{self.folder} has no moving average: its run had optim.ema_decay=0. Use --weights master"
+            )
+        kind = self.kinds[-1] if which == "auto" and EMA in self.kinds else "master" if which == "auto" else which
         for name in self.shapes:
-            yield name, self.full(name, "master", n_heads)
+            yield name, self.full(name, kind, n_heads)
 
     def _read(self, file: str, piece: Piece, kind: str) -> Tensor:
         try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from modeling import nesting
 
 VOCAB_MULTIPLE = 128
 """Embedding rows are padded to a multiple of this, whatever tp is, so that checkpoints do not depend on tp."""
+NormKind = Literal["rms", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class BackboneConfig:
     chunk_size: int = 256
     """Time steps in a chunk of the scan; changes speed and rounding only."""
     norm_eps: float = 1e-5
-    """Added to the mean square in every RMSNorm."""
+    """Added to the mean square, or the variance, in every norm."""
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "headdim", "n_heads", "d_state", "expand", "d_conv", "chunk_size"):
@@ -68,6 +70,11 @@ class BackboneConfig:
         """Inner channels of the full width: n_heads * headdim."""
         return self.n_heads * self.headdim
 
+    @property
+    def residual_norm(self) -> NormKind:
+        """The norm before each mixer and at the end; inside mixers it is always the gated RMSNorm."""
+        return "rms"
+
     def layer_widths(self, n_heads: int) -> nesting.LayerWidths:
         """The uniform width of `n_heads` heads in every layer."""
         return nesting.uniform(n_heads, self.n_layers)
@@ -90,6 +97,60 @@ class LanguageConfig(BackboneConfig):
     def n_vocab_rows(self) -> int:
         """Rows of the embedding: vocab_size rounded up to a multiple of VOCAB_MULTIPLE."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(BackboneConfig):
+    """A nested image classifier: patches, positions, blocks, final norm, pooling, head."""
+
+    n_classes: int
+    """Classes that the head tells apart."""
+    image_size: int = 224
+    """Pixels of a side of the square images that positions are learned at; others are interpolated from them."""
+    patch_size: int = 16
+    """Pixels of a side of a patch, which is one token."""
+    pool: Literal["cls", "avg"] = "cls"
+    """cls: a learned token after the last patch, where the causal scan has seen all of them. avg: the mean over patches."""
+    norm: NormKind = "layer"
+    """The norm before each mixer and at the end: LayerNorm with a bias, as the reference's, or RMSNorm."""
+    dropout: float = 0.0
+    """Share of the entries dropped of each mixer's input projection (z, x, B, C and dt), and again of its output."""
+    drop_path: float = 0.0
+    """Share of the images that skip the last mixer in training; earlier mixers less, down to none at the first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("n_classes", 2), ("image_size", 1), ("patch_size", 1)):
+            _check_whole(f"model.{name}", getattr(self, name))
+            if getattr(self, name) < least:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least {least}")
+        self.grid_of(self.image_size, self.image_size)
+        for name, known in (("pool", ("cls", "avg")), ("norm", ("rms", "layer"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name}={str(getattr(self, name))[:40]!r}: must be one of {', '.join(known)}")
+        for name in ("dropout", "drop_path"):
+            rate = getattr(self, name)
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+                raise ValueError(f"model.{name}={str(rate)[:40]}: must be at least 0 and below 1")
+
+    @property
+    def residual_norm(self) -> NormKind:
+        """See BackboneConfig."""
+        return self.norm
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in an image of so many pixels. Raises ValueError where patches do not fill it."""
+        p = self.patch_size
+        if height < p or width < p or height % p or width % p:
+            raise ValueError(
+                f"an image of {height} x {width} pixels: each side must be a multiple of model.patch_size={p}"
+            )
+        return height // p, width // p
+
+    def n_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image of so many pixels: its patches, and the class token where there is one."""
+        rows, columns = self.grid_of(height, width)
+        return rows * columns + (self.pool == "cls")
 
 
 def _check_whole(name: str, value: object) -> None:

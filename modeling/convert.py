@@ -1,4 +1,4 @@
-"""mamba-ssm state dicts to ours and back, and submodels cut out of a nested model.
+"""State dicts of mamba-ssm and the public MatMamba to ours and back, and submodels cut out of a nested model.
 
 mamba-ssm's Mamba2 stacks what we keep apart: in_proj rows are [z, x, B, C, dt] and conv1d channels [x, B, C]. The public
 MatMamba uses the same names. Only one B/C group is supported, as everywhere here.
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from modeling import nesting
-from modeling.config import LanguageConfig
-from modeling.language import LanguageModel, logical_shapes
+from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
+from modeling.models import build_model, logical_shapes
 
 StateDict = dict[str, Tensor]
+Config = TypeVar("Config", bound=BackboneConfig)
 
 
-def cut(state: Mapping[str, Tensor], cfg: LanguageConfig, n_heads: int) -> tuple[StateDict, LanguageConfig]:
+def cut(state: Mapping[str, Tensor], cfg: Config, n_heads: int) -> tuple[StateDict, Config]:
     """The standalone model of the first `n_heads` heads of every layer: its logical state dict and its config.
 
     It has one width, its own full one, and computes what the nested model computes in place at `n_heads`. Tensors are
@@ -33,19 +35,19 @@ def cut(state: Mapping[str, Tensor], cfg: LanguageConfig, n_heads: int) -> tuple
     return part, small
 
 
-def cut_mix(state: Mapping[str, Tensor], cfg: LanguageConfig, widths: nesting.LayerWidths) -> StateDict:
-    """The parameters that the submodel `widths` (heads of each layer) uses, for a LanguageModel with `held=widths`.
+def cut_mix(state: Mapping[str, Tensor], cfg: BackboneConfig, widths: nesting.LayerWidths) -> StateDict:
+    """The parameters that the submodel `widths` (heads of each layer) uses, for a model with `held=widths`.
 
     Raises ValueError where the widths or the state dict do not fit `cfg`.
     """
     nesting.check_layer_widths(widths, cfg.n_heads, cfg.n_layers, 1)
     check_state(state, cfg)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LanguageModel(cfg, held=widths).named_parameters()}
+        shapes = {name: p.shape for name, p in build_model(cfg, held=widths).named_parameters()}
     return {name: tensor[tuple(slice(size) for size in shapes[name])].clone() for name, tensor in state.items()}
 
 
-def check_state(state: Mapping[str, Tensor], cfg: LanguageConfig) -> None:
+def check_state(state: Mapping[str, Tensor], cfg: BackboneConfig) -> None:
     """Raise ValueError, naming the parameter, unless `state` holds exactly the whole model's parameters."""
     _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, logical_shapes(cfg))
 
@@ -69,18 +71,11 @@ def from_mamba_ssm(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDic
         )
     expected = {name: shape for name, shape in _mamba_ssm_shapes(cfg).items() if name != "lm_head.weight"}
     _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected)
-    inner, n = cfg.d_inner, cfg.d_state
     ours = {"embedding": state["backbone.embedding.weight"], "final_norm": state["backbone.norm_f.weight"]}
     for layer in range(cfg.n_layers):
         source, target = f"backbone.layers.{layer}.", f"blocks.{layer}."
-        z, x, bc, dt = state[f"{source}mixer.in_proj.weight"].split([inner, inner, 2 * n, cfg.n_heads])
-        conv_x, conv_bc = state[f"{source}mixer.conv1d.weight"].squeeze(1).split([inner, 2 * n])
-        bias_x, bias_bc = state[f"{source}mixer.conv1d.bias"].split([inner, 2 * n])
-        mixer = {"in_z": z, "in_x": x, "in_bc": bc, "in_dt": dt, "conv_x": conv_x, "conv_bc": conv_bc}
-        mixer |= {"conv_x_bias": bias_x, "conv_bc_bias": bias_bc}
-        mixer |= {name: state[f"{source}mixer.{theirs}"] for name, theirs in _SAME.items()}
         ours[f"{target}norm"] = state[f"{source}norm.weight"]
-        ours.update({f"{target}mixer.{name}": tensor for name, tensor in mixer.items()})
+        ours |= _mixer_from(state, f"{source}mixer.", f"{target}mixer.", cfg)
     return ours
 
 
@@ -91,12 +86,8 @@ def to_mamba_ssm(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDict:
     theirs["lm_head.weight"] = state["embedding"]
     for layer in range(cfg.n_layers):
         target = f"backbone.layers.{layer}."
-        ours = {name: state[f"blocks.{layer}.mixer.{name}"] for name in _MIXER}
         theirs[f"{target}norm.weight"] = state[f"blocks.{layer}.norm"]
-        theirs[f"{target}mixer.in_proj.weight"] = torch.cat([ours[name] for name in ("in_z", "in_x", "in_bc", "in_dt")])
-        theirs[f"{target}mixer.conv1d.weight"] = torch.cat([ours["conv_x"], ours["conv_bc"]]).unsqueeze(1)
-        theirs[f"{target}mixer.conv1d.bias"] = torch.cat([ours["conv_x_bias"], ours["conv_bc_bias"]])
-        theirs.update({f"{target}mixer.{name}": ours[own] for own, name in _SAME.items()})
+        theirs |= _mixer_to(state, f"blocks.{layer}.mixer.", f"{target}mixer.")
     return theirs
 
 
@@ -110,6 +101,91 @@ def to_hf(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDict:
 def from_hf(state: Mapping[str, Tensor]) -> StateDict:
     """The same tensors under mamba-ssm's names."""
     return {name.replace("backbone.embeddings.", "backbone.embedding."): tensor for name, tensor in state.items()}
+
+
+def from_matmamba_vision(state: Mapping[str, Tensor], cfg: VisionConfig) -> StateDict:
+    """Our logical state dict from a public MatMamba2Vision's; dtypes are kept, parts are views.
+
+    Its class token and the last row of its positions, which average pooling never reads, are left out there. Raises
+    ValueError, naming the key, where a tensor is missing, unknown or of another shape than `cfg` asks for.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_shapes(found, _matmamba_vision_shapes(cfg))
+    n_positions = cfg.n_tokens(cfg.image_size, cfg.image_size)
+    ours = {
+        "patch": state["patch_embed.proj.weight"].flatten(1),
+        "patch_bias": state["patch_embed.proj.bias"],
+        "positions": state["pos_embed"][0, :n_positions],
+    }
+    if cfg.pool == "cls":
+        ours["cls"] = state["cls_token"][0]
+    for name, theirs in _vision_same(cfg).items():
+        ours[name] = state[theirs]
+    for layer in range(cfg.n_layers):
+        ours |= _mixer_from(state, f"layers.{layer}.mixer.", f"blocks.{layer}.mixer.", cfg)
+    return {name: ours[name] for name in logical_shapes(cfg)}
+
+
+def to_matmamba_vision(state: Mapping[str, Tensor], cfg: VisionConfig) -> StateDict:
+    """A public MatMamba2Vision's state dict from our logical one; the inverse of `from_matmamba_vision`. Raises ValueError.
+
+    With average pooling the class token and its position, which that model has and does not read, are zeros.
+    """
+    check_state(state, cfg)
+    positions, patch = state["positions"], state["patch"]
+    cls = state.get("cls")
+    if cls is None:
+        cls = positions.new_zeros(1, cfg.d_model)
+        positions = torch.cat([positions, cls])
+    theirs = {
+        "cls_token": cls[None],
+        "pos_embed": positions[None],
+        "patch_embed.proj.weight": patch.unflatten(1, (-1, cfg.patch_size, cfg.patch_size)),
+        "patch_embed.proj.bias": state["patch_bias"],
+    }
+    theirs |= {name: state[ours] for ours, name in _vision_same(cfg).items()}
+    for layer in range(cfg.n_layers):
+        theirs |= _mixer_to(state, f"blocks.{layer}.mixer.", f"layers.{layer}.mixer.")
+    return theirs
+
+
+def _vision_same(cfg: VisionConfig) -> dict[str, str]:
+    """Parameters outside mixers that are one tensor on both sides: our name to theirs."""
+    norms = {"final_norm": "norm_f"} | {f"blocks.{layer}.norm": f"layers.{layer}.norm" for layer in range(cfg.n_layers)}
+    same = {ours: f"{theirs}.weight" for ours, theirs in norms.items()}
+    if cfg.residual_norm == "layer":
+        same |= {f"{ours}_bias": f"{theirs}.bias" for ours, theirs in norms.items()}
+    return same | {"head": "head.weight", "head_bias": "head.bias"}
+
+
+def _matmamba_vision_shapes(cfg: VisionConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        empty = {name: torch.empty(shape) for name, shape in logical_shapes(cfg).items()}
+        return {name: tuple(tensor.shape) for name, tensor in to_matmamba_vision(empty, cfg).items()}
+
+
+def _mixer_from(state: Mapping[str, Tensor], source: str, target: str, cfg: BackboneConfig) -> StateDict:
+    """Our parameters of the mixer that mamba-ssm's names begin with `source`, under names that begin with `target`."""
+    inner, n = cfg.d_inner, cfg.d_state
+    z, x, bc, dt = state[f"{source}in_proj.weight"].split([inner, inner, 2 * n, cfg.n_heads])
+    conv_x, conv_bc = state[f"{source}conv1d.weight"].squeeze(1).split([inner, 2 * n])
+    bias_x, bias_bc = state[f"{source}conv1d.bias"].split([inner, 2 * n])
+    mixer = {"in_z": z, "in_x": x, "in_bc": bc, "in_dt": dt, "conv_x": conv_x, "conv_bc": conv_bc}
+    mixer |= {"conv_x_bias": bias_x, "conv_bc_bias": bias_bc}
+    mixer |= {name: state[f"{source}{theirs}"] for name, theirs in _SAME.items()}
+    return {f"{target}{name}": tensor for name, tensor in mixer.items()}
+
+
+def _mixer_to(state: Mapping[str, Tensor], source: str, target: str) -> StateDict:
+    """The other way."""
+    ours = {name: state[f"{source}{name}"] for name in _MIXER}
+    theirs = {
+        "in_proj.weight": torch.cat([ours[name] for name in ("in_z", "in_x", "in_bc", "in_dt")]),
+        "conv1d.weight": torch.cat([ours["conv_x"], ours["conv_bc"]]).unsqueeze(1),
+        "conv1d.bias": torch.cat([ours["conv_x_bias"], ours["conv_bc_bias"]]),
+        **{name: ours[own] for own, name in _SAME.items()},
+    }
+    return {f"{target}{name}": tensor for name, tensor in theirs.items()}
 
 
 _SAME = {"dt_bias": "dt_bias", "A_log": "A_log", "D": "D", "gated_norm": "norm.weight", "out": "out_proj.weight"}
@@ -128,7 +204,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
         if found.get(name) != expected.get(name):
             raise ValueError(
                 f"{name}: shape {found.get(name, 'absent')}, the config says {expected.get(name, 'absent')}. "
-                "Use the config that the weights were made with (one B/C group, tied embedding)"
+                "Use the config that the weights were made with (one B/C group; a language model's head tied to its embedding)"
             )
 
 

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from modeling import nesting
 from modeling.checkpoint_reader import CheckpointError, Reader
-from modeling.config import LanguageConfig
+from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.convert import StateDict, cut, cut_mix, to_hf, to_mamba_ssm
 from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model
 from modeling.search import read_widths
@@ -38,13 +38,15 @@ from modeling.text import open_text
 FORMATS = ("hf", "mamba_ssm", "matmamba", "remote_code")
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_matmamba.py"
 """The model that a remote_code folder carries with it."""
+KINDS_OF_MODEL: dict[str, type[BackboneConfig]] = {"language": LanguageConfig, "vision": VisionConfig}
+"""What a run's `task` says of its model."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def read_state(folder: Path) -> tuple[StateDict, LanguageConfig, str]:
+def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, BackboneConfig, str]:
     """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and its tokenizer's path.
 
-    Raises CheckpointError or ModelFolderError; ValueError where a model folder holds a mix, which cannot be cut again.
+    `weights` is one of checkpoint_reader.WEIGHTS. Raises CheckpointError or ModelFolderError; ValueError where a model folder holds a mix, which cannot be cut again.
     """
     if (folder / CONFIG_NAME).exists():
         model = load_model(folder)
@@ -60,17 +62,18 @@ def read_state(folder: Path) -> tuple[StateDict, LanguageConfig, str]:
             raise CheckpointError(f"{latest}: {name[:80]!r} is not the name of a checkpoint beside it")
         folder = latest.parent / name
     reader = Reader(folder)
-    known = {field.name for field in fields(LanguageConfig)}
     try:
+        kind = KINDS_OF_MODEL[reader.manifest["config"].get("task", "language")]
+        known = {field.name for field in fields(kind)}
         raw = reader.manifest["config"]["model"]
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
-        cfg = LanguageConfig(**values)
+        cfg = kind(**values)
         tokenizer = str(reader.manifest["config"].get("data", {}).get("tokenizer", ""))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'manifest.json'}: its config describes no model ({error})") from None
     reader.verify()
     reader.check_model(cfg)
-    return dict(reader.weights(cfg.n_heads)), cfg, tokenizer
+    return dict(reader.weights(cfg.n_heads, weights)), cfg, tokenizer
 
 
 def export(
@@ -248,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         state, cfg, named = read_state(args.checkpoint)
+        if not isinstance(cfg, LanguageConfig):
+            raise ValueError(f"{args.checkpoint} is an image classifier: these formats are for language models")
         widths = read_widths(args.width, cfg.n_heads, cfg.n_layers)
         tokenizer = args.tokenizer or (Path(named) if named and Path(named).is_file() else None)
         export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], tokenizer=tokenizer)

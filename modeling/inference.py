@@ -20,7 +20,7 @@ from modeling.cuda_graph import KeptSteps
 from modeling.language import LanguageModel
 from modeling.mixer import Mixer
 from modeling.nesting import LayerWidths
-from modeling.ops.norm import add_rms_norm
+from modeling.ops.norm import add_norm
 from modeling.ops.step import mixer_step
 
 
@@ -201,14 +201,14 @@ class InferenceModel:
         waiting = []
         x_btd, branch_btd = F.embedding(tokens_bt, self.embedding_vd).float(), None
         for i, (layer, heads) in enumerate(zip(self.layers, state.widths, strict=True)):
-            x_btd, normed_btd = add_rms_norm(x_btd, branch_btd, layer.block_norm_d, eps=cfg.norm_eps, dtype=self.dtype)
+            x_btd, normed_btd = add_norm(x_btd, branch_btd, layer.block_norm_d, eps=cfg.norm_eps, dtype=self.dtype)
             rows = 2 * cfg.d_state + self.held[i] + 2 * heads * cfg.headdim
             projected_btr = F.linear(normed_btd, layer.into_rd[:rows])
             branch_btd = self._mix(i, projected_btr, state, absorb_b) @ layer.out_id[: heads * cfg.headdim]
             if keep:
                 waiting.append(projected_btr)
         state.waiting = waiting if keep else None
-        return add_rms_norm(x_btd, branch_btd, self.final_norm_d, eps=cfg.norm_eps, dtype=self.dtype)[1]
+        return add_norm(x_btd, branch_btd, self.final_norm_d, eps=cfg.norm_eps, dtype=self.dtype)[1]
 
     def _mix(self, i: int, projected_btr: Tensor, state: State, absorb_b: Tensor) -> Tensor:
         layer, heads, cfg = self.layers[i], state.widths[i], self.cfg

@@ -19,6 +19,7 @@ from modeling import nesting
 from modeling.config import BackboneConfig
 from modeling.ops import kernels, norm
 from modeling.ops.conv import causal_conv_silu
+from modeling.ops.dropout import Drop, dropped
 from modeling.ops.fused_mixer import NO_SUMS, MixerWeights, Recompute, Shape, Sums, fused_mixer
 from modeling.ops.ssd import ssd
 from modeling.tensor_parallel import TensorParallel
@@ -57,10 +58,11 @@ class Mixer(nn.Module):
         """What training computes again in backward: with `recompute` "inside" all that lies between the projections, with
         "states" the scan's states, which the fused path alone keeps.
 
-        With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see LanguageModel.
+        With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see Backbone.
         """
         super().__init__()
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp, dtype, recompute
+        self._channels_of: dict[tuple[int, torch.device], Tensor] = {}
         self.in_place_gradients = in_place_gradients
         heads = nesting.local_heads(cfg.n_heads, tp.size)
         inner, bc = heads * cfg.headdim, 2 * cfg.d_state
@@ -83,20 +85,27 @@ class Mixer(nn.Module):
         self.out = parameter(cfg.d_model, inner)
 
     def forward(
-        self, x_btd: Tensor, n_heads: int, *, seq_idx_bt: Tensor | None = None, state: MixerState | None = None
+        self,
+        x_btd: Tensor,
+        n_heads: int,
+        *,
+        seq_idx_bt: Tensor | None = None,
+        state: MixerState | None = None,
+        drop: Drop | None = None,
     ) -> Tensor:
         """Mix `x_btd` (compute dtype) with the model's first `n_heads` heads; same shape and dtype.
 
         Under tensor parallelism this is the share of this rank's heads: the caller sums it over `tp`, and sums the
         gradient of `x_btd` (TensorParallel.leave and enter).
         `seq_idx_bt` numbers documents that must not see each other. `state`, where given, is read as the past and
-        overwritten with the present, so that a sequence can be fed in pieces of any length. All ranks of `tp` must call.
+        overwritten with the present, so that a sequence can be fed in pieces of any length. `drop` says which
+        entries of the input projection (z, x, B, C and dt) are dropped. All ranks of `tp` must call.
         """
         if state is None and kernels.usable(x_btd, self.cfg.headdim, self.cfg.d_state, self.cfg.d_conv):
-            return self._fused(x_btd, n_heads, seq_idx_bt)
-        return self._plain(x_btd, n_heads, seq_idx_bt, state)
+            return self._fused(x_btd, n_heads, seq_idx_bt, drop)
+        return self._plain(x_btd, n_heads, seq_idx_bt, state, drop)
 
-    def _fused(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None) -> Tensor:
+    def _fused(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None) -> Tensor:
         cfg, tp = self.cfg, self.tp
         shared = ("in_bc", "conv_bc", "conv_bc_bias")
         parameters = [getattr(self, f) for f in MixerWeights._fields]
@@ -108,15 +117,34 @@ class Mixer(nn.Module):
         heads = nesting.local_heads(n_heads, tp.size)
         shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps, recompute=self.recompute)
         total = tp.total if tp.size > 1 else None
-        return fused_mixer(x_btd, MixerWeights(*weights), shape, seq_idx_bt=seq_idx_bt, total=total, sums=sums)
+        dropping = None if drop is None else (drop, self._channels(n_heads, x_btd.device))
+        return fused_mixer(
+            x_btd,
+            MixerWeights(*weights),
+            shape,
+            seq_idx_bt=seq_idx_bt,
+            total=total,
+            sums=sums,
+            dropping=dropping,
+        )
 
-    def _plain(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, state: MixerState | None) -> Tensor:
+    def _plain(
+        self,
+        x_btd: Tensor,
+        n_heads: int,
+        seq_idx_bt: Tensor | None,
+        state: MixerState | None,
+        drop: Drop | None = None,
+    ) -> Tensor:
         cfg, tp = self.cfg, self.tp
         heads = nesting.local_heads(n_heads, tp.size)
         inner = heads * cfg.headdim
 
         weight = torch.cat([self.in_z[:inner], self.in_x[:inner], tp.share(self.in_bc), self.in_dt[:heads]])
         projected = F.linear(x_btd, weight.to(self.dtype))
+        if drop is not None:
+            channel_c = self._channels(n_heads, x_btd.device)
+            projected = dropped(projected.flatten(0, 1), drop, channel_c).view_as(projected)
         if self.recompute == "inside" and state is None and torch.is_grad_enabled():
             normed_bti = checkpoint(
                 self._inside, projected, n_heads, seq_idx_bt, None, use_reentrant=False, preserve_rng_state=False
@@ -124,6 +152,17 @@ class Mixer(nn.Module):
         else:
             normed_bti = self._inside(projected, n_heads, seq_idx_bt, state)
         return F.linear(normed_bti, self.out[:, :inner].to(self.dtype))
+
+    def _channels(self, n_heads: int, device: torch.device) -> Tensor:
+        """The number in the whole model of each channel of this rank's input projection, int32."""
+        key = (n_heads, device)
+        if key not in self._channels_of:
+            cfg, tp = self.cfg, self.tp
+            numbers = nesting.projection_channels(
+                n_heads, headdim=cfg.headdim, bc=2 * cfg.d_state, full=cfg.n_heads, tp=tp.size, rank=tp.rank
+            )
+            self._channels_of[key] = torch.tensor(numbers, dtype=torch.int32, device=device)
+        return self._channels_of[key]
 
     def _inside(self, projected: Tensor, n_heads: int, seq_idx_bt: Tensor | None, state: MixerState | None) -> Tensor:
         """Between the two projections: convolve, scan, gate, norm."""

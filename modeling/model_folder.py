@@ -16,10 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modeling import nesting
-from modeling.config import LanguageConfig
+from modeling.backbone import Backbone
+from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.language import LanguageModel
+from modeling.models import build_model
 
-FORMAT = "matmamba-language-model"
+FORMATS: dict[str, type[BackboneConfig]] = {
+    "matmamba-language-model": LanguageConfig,
+    "matmamba-vision-model": VisionConfig,
+}
+"""What config.json calls the network, and its sizes."""
 VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -29,33 +35,36 @@ class ModelFolderError(ValueError):
     """A folder that is no model of ours, or a damaged one; the message says which file and what is wrong."""
 
 
-def write_config(folder: Path, cfg: LanguageConfig, held: nesting.LayerWidths) -> None:
+def write_config(folder: Path, cfg: BackboneConfig, held: nesting.LayerWidths) -> None:
     """Write config.json of a model whose layers hold `held` heads."""
-    about = {"format": FORMAT, "version": VERSION, "layer_heads": list(held), "model": asdict(cfg)}
+    name = next(name for name, kind in FORMATS.items() if isinstance(cfg, kind))
+    about = {"format": name, "version": VERSION, "layer_heads": list(held), "model": asdict(cfg)}
     (folder / CONFIG_NAME).write_text(json.dumps(about, indent=1) + "\n")
 
 
-def save_model(folder: Path, state: Mapping[str, Tensor], cfg: LanguageConfig, held: nesting.LayerWidths) -> None:
+def save_model(folder: Path, state: Mapping[str, Tensor], cfg: BackboneConfig, held: nesting.LayerWidths) -> None:
     """Write the model whose parameters (logical names, cut to `held`) are `state`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
     write_config(folder, cfg, held)
 
 
-def read_config(folder: Path) -> tuple[LanguageConfig, nesting.LayerWidths]:
+def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
     """What config.json says: the whole model's sizes, and the heads that each layer holds. Raises ModelFolderError."""
     path = folder / CONFIG_NAME
     try:
         about = json.loads(path.read_text())
-        if about.get("format") != FORMAT or about.get("version") != VERSION:
+        kind = FORMATS.get(about.get("format"))
+        if kind is None or about.get("version") != VERSION:
             raise ModelFolderError(
-                f"{path}: format {about.get('format')!r} version {about.get('version')!r}; this code reads {FORMAT} {VERSION}"
+                f"{path}: format {about.get('format')!r} version {about.get('version')!r}; this code reads "
+                f"{' and '.join(FORMATS)} {VERSION}"
             )
-        known = {field.name for field in fields(LanguageConfig)}
+        known = {field.name for field in fields(kind)}
         raw = about["model"]
         if not isinstance(raw, dict) or not set(raw) <= known:
             raise ModelFolderError(f"{path}: model has unknown fields: {sorted(set(raw) - known)}")
-        cfg = LanguageConfig(**{**raw, "widths": tuple(raw["widths"])})
+        cfg = kind(**{**raw, "widths": tuple(raw["widths"])})
         held = tuple(int(n) for n in about["layer_heads"])
         nesting.check_layer_widths(held, cfg.n_heads, cfg.n_layers, 1)
     except ModelFolderError:
@@ -65,12 +74,20 @@ def read_config(folder: Path) -> tuple[LanguageConfig, nesting.LayerWidths]:
     return cfg, held
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
+def load_language_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
+    """As `load_model`, of a language model. Raises ModelFolderError."""
+    model = load_model(folder, dtype=dtype, device=device)
+    if not isinstance(model, LanguageModel):
+        raise ModelFolderError(f"{folder} holds an image classifier, not a language model")
+    return model
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
     """The model in `folder`, computing in `dtype`. Raises ModelFolderError."""
     cfg, held = read_config(folder)
     try:
         with torch.device("meta"):
-            model = LanguageModel(cfg, dtype=dtype, held=held)
+            model = build_model(cfg, dtype=dtype, held=held)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ModelFolderError(f"{folder / CONFIG_NAME} does not describe a model: {error}") from None
     try:

@@ -117,6 +117,17 @@ def rank_channels(n_heads: int, per_head: int, tp: int, rank: int) -> list[int]:
     return [head * per_head + i for head in rank_heads(n_heads, tp, rank) for i in range(per_head)]
 
 
+def projection_channels(n_heads: int, *, headdim: int, bc: int, full: int, tp: int, rank: int) -> list[int]:
+    """Numbers in the whole model's input projection [z | x | B C | dt] of the channels that `rank` has at `n_heads` heads.
+
+    `bc` counts the channels of B and C together, `full` the heads of the whole model.
+    """
+    inner, whole = rank_channels(n_heads, headdim, tp, rank), full * headdim
+    z, x = inner, [whole + channel for channel in inner]
+    shared = list(range(2 * whole, 2 * whole + bc))
+    return z + x + shared + [2 * whole + bc + head for head in rank_heads(n_heads, tp, rank)]
+
+
 def vocab_rows(vocab_rows_total: int, tp: int, rank: int) -> range:
     """The embedding rows that `rank` owns: contiguous, since no width slices the vocabulary."""
     if vocab_rows_total % tp:

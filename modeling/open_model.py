@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from modeling.config import LanguageConfig
 from modeling.export import read_state
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
-from modeling.model_folder import CONFIG_NAME, load_model
+from modeling.model_folder import CONFIG_NAME, load_language_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,9 +35,11 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     if (path / CONFIG_NAME).exists():
-        model, tokenizer = load_model(path), _beside(path)
+        model, tokenizer = load_language_model(path), _beside(path)
     else:
         state, cfg, tokenizer = read_state(path)
+        if not isinstance(cfg, LanguageConfig):
+            raise ValueError(f"{path} is an image classifier: only language models are opened to generate text")
         with torch.device("meta"):
             model = LanguageModel(cfg)
         model.load_state_dict(state, assign=True)

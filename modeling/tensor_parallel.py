@@ -7,6 +7,8 @@
 | in_bc, conv_bc: B and C, one group that feeds every head    | replicated (SHARED)             | partial: summed over tp, once, on the weight |
 | embedding, which is also the head                           | by vocabulary (VOCAB_ROWS)      | local                  |
 | norms of the residual stream                                | replicated (REPLICATED)         | identical on each rank; with sequence parallelism partial: summed over tp |
+| vision: patch embedding, positions, class token             | replicated (REPLICATED)         | as the norms'          |
+| vision: head                                                | replicated (REPLICATED)         | identical on each rank: all classify the same features |
 
 With sequence parallelism each rank holds its share of a micro-batch's tokens between the mixers, so that norms, additions
 and what they keep for backward are done once and not tp times: the all-reduce after a mixer becomes a reduce-scatter, and
@@ -68,7 +70,15 @@ LAYOUTS = {
     "out": Layout.HEAD_COLUMNS,
     "embedding": Layout.VOCAB_ROWS,
     "norm": Layout.REPLICATED,
+    "norm_bias": Layout.REPLICATED,
     "final_norm": Layout.REPLICATED,
+    "final_norm_bias": Layout.REPLICATED,
+    "patch": Layout.REPLICATED,
+    "patch_bias": Layout.REPLICATED,
+    "positions": Layout.REPLICATED,
+    "cls": Layout.REPLICATED,
+    "head": Layout.REPLICATED,
+    "head_bias": Layout.REPLICATED,
 }
 """Layout of every parameter, by the last part of its name."""
 
@@ -110,6 +120,14 @@ class TensorParallel:
     def replicate(self, weight: Tensor) -> Tensor:
         """A replicated weight that works on the tokens between mixers: which are this rank's own under sequence parallelism."""
         return self.share(weight) if self.sequence else weight
+
+    def part(self, x: Tensor) -> Tensor:
+        """Of tokens (dim 0) that every rank has computed alike, those it goes on with: under sequence parallelism its share."""
+        return _share(x, self) if self.sequence else x
+
+    def collect(self, x: Tensor) -> Tensor:
+        """All tokens (dim 0) on every rank, for what all of them do alike: each keeps its own tokens' gradient, unsummed."""
+        return _Collect.apply(x, self) if self.sequence else x
 
     def sum(self, x: Tensor) -> Tensor:
         """Summed over tp forward, identity backward: for what every rank goes on with alike."""
@@ -167,19 +185,39 @@ class _Scatter(torch.autograd.Function):
         return _gather(grad, ctx.tp), None
 
 
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return _gather(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _share(grad, ctx.tp), None
+
+
 def _gather(x: Tensor, tp: TensorParallel) -> Tensor:
     whole = x.new_empty(x.shape[0] * tp.size, *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous(), group=tp.group)
     return whole
 
 
-def _scatter(x: Tensor, tp: TensorParallel) -> Tensor:
+def _share(x: Tensor, tp: TensorParallel) -> Tensor:
+    n = _tokens_each(x, tp)
+    return x[tp.rank * n : (tp.rank + 1) * n]
+
+
+def _tokens_each(x: Tensor, tp: TensorParallel) -> int:
     if x.shape[0] % tp.size:
         raise ValueError(
             f"sequence parallelism: {x.shape[0]} tokens (batch x time) do not divide into tp={tp.size} parts: choose "
             "another micro-batch or length, or parallel.sequence=false"
         )
-    part = x.new_empty(x.shape[0] // tp.size, *x.shape[1:])
+    return x.shape[0] // tp.size
+
+
+def _scatter(x: Tensor, tp: TensorParallel) -> Tensor:
+    part = x.new_empty(_tokens_each(x, tp), *x.shape[1:])
     dist.reduce_scatter_tensor(part, x.contiguous(), group=tp.group)
     return part
 

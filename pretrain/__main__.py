@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, language_run
 from pretrain.config_io import load_config
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
                 nvlink_gb_s=args.nvlink_gb_s,
                 network_gb_s=args.network_gb_s,
             )
-            print_plan(cfg, cluster)
+            print_plan(language_run(cfg), cluster)
             return 0
         if args.dry_run:
             from pretrain.dry_run import print_dry_run

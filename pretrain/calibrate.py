@@ -24,12 +24,12 @@ from modeling.loss import next_token_loss
 from modeling.model_folder import save_model
 from modeling.nesting import LayerWidths
 from modeling.search import read_widths
-from pretrain.checkpoint_model import find_checkpoint, load_model
+from pretrain.checkpoint_model import find_checkpoint, load_language_model
 from pretrain.config import ConfigError, DataConfig
 from pretrain.data import Batch, TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks
-from pretrain.evaluate import submodel_losses
+from pretrain.language_task import submodel_losses
 
 FITTED = ("norm", "gated_norm", "final_norm")
 """Last parts of the names of what is fitted."""
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g}: out of range")
         if args.output.exists():
             raise FileExistsError(f"{args.output} exists: name a new folder")
-        whole, cfg = load_model(args.checkpoint)
+        whole, cfg = load_language_model(args.checkpoint)
         widths = read_widths(args.width, cfg.model.n_heads, cfg.model.n_layers)
         data = replace(cfg.data, micro_batch=min(args.batch, cfg.data.micro_batch), n_workers=0)
         if args.batch % data.micro_batch:

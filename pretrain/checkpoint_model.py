@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from modeling.backbone import Backbone
 from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.language import LanguageModel
+from modeling.models import build_model
 from pretrain.checkpoint import candidates, checkpoint_dir
-from pretrain.config import RunConfig
+from pretrain.config import LanguageRunConfig, RunConfig
 from pretrain.config_io import config_from_dict
 
 
@@ -23,17 +25,27 @@ def find_checkpoint(folder: Path) -> Path:
     return newest[0]
 
 
-def load_model(folder: Path) -> tuple[LanguageModel, RunConfig]:
+def load_model(folder: Path, *, weights: str = "auto") -> tuple[Backbone, RunConfig]:
     """The whole model of a checkpoint or of a run's newest one, float32 on the CPU, and the run's config.
+
+    `weights` is one of WEIGHTS: the moving average where the run keeps one, unless told otherwise.
 
     Raises CheckpointError.
     """
     reader = Reader(find_checkpoint(folder))
     cfg = config_from_dict(reader.manifest["config"])
     reader.check_model(cfg.model)
-    model = LanguageModel(cfg.model)
+    model = build_model(cfg.model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in reader.weights(cfg.model.n_heads):
+        for name, value in reader.weights(cfg.model.n_heads, weights):
             parameters[name].copy_(value)
     return model.eval(), cfg
+
+
+def load_language_model(folder: Path) -> tuple[LanguageModel, LanguageRunConfig]:
+    """As `load_model`, for what only language models do. Raises CheckpointError for another kind of run too."""
+    model, cfg = load_model(folder)
+    if not isinstance(model, LanguageModel) or not isinstance(cfg, LanguageRunConfig):
+        raise CheckpointError(f"{folder} is of task={cfg.task}: this is for language models")
+    return model, cfg

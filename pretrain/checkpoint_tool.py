@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from modeling import nesting
-from modeling.checkpoint_reader import KINDS, CheckpointError, Reader
+from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.convert import cut
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.checkpoint_model import find_checkpoint
@@ -70,7 +70,7 @@ def _inspect(folder: Path) -> int:
         files.add_row(
             entry["file"], f"{entry['bytes'] / 2**20:,.1f}", str(len(entry["pieces"])), f"{entry['sha256'][:12]}…"
         )
-    shapes = Table(title=f"{len(reader.shapes)} logical parameters, each as float32 {', '.join(KINDS)}")
+    shapes = Table(title=f"{len(reader.shapes)} logical parameters, each as float32 {', '.join(reader.kinds)}")
     for column in ("parameter", "shape", "entries"):
         shapes.add_column(column, justify="right" if column == "entries" else "left")
     for name, shape in reader.shapes.items():
@@ -115,7 +115,7 @@ def _verify(folder: Path) -> int:
             cfg = config_from_dict(reader.manifest["config"])
             reader.check_model(cfg.model)
             for name in reader.shapes:
-                for kind in KINDS:
+                for kind in reader.kinds:
                     if not bool(reader.full(name, kind, cfg.model.n_heads).isfinite().all()):
                         raise CheckpointError(f"{one}: {kind} of {name} is not finite")
         except CheckpointError as error:

@@ -7,8 +7,10 @@ save, a bad loss) are not listed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from modeling.config import LanguageConfig, VisionConfig
 from modeling.flops import local_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from pretrain.config import RunConfig
@@ -60,42 +62,68 @@ def collectives(cfg: RunConfig, world_size: int, *, compute_bytes: int = 2) -> l
 
 def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collective]:
     model, passes = cfg.model, passes_per_step(cfg, world_size)
-    tokens, layers, d = cfg.data.micro_batch * cfg.data.seq_len, model.n_layers, model.d_model
+    tokens, layers, d = cfg.tokens_per_pass, model.n_layers, model.d_model
     activation = tokens * d * compute_bytes
     again = 2 if cfg.parallel.activation_checkpointing == "block" else 1
     bc = 2 * model.d_state
+    text = isinstance(model, LanguageConfig)
+    head = 1 if text else 0  # a classifier's is on every rank, and its input is entered by none
 
     def of_a_pass(what: str, operation: str, count: int, n_bytes: int) -> Collective:
         return Collective(what, operation, "tp", count, count * passes, n_bytes)
 
     if cfg.parallel.sequence:
+        norms = (layers + 1) * (2 if model.residual_norm == "layer" else 1)
         rows = [
-            of_a_pass("embedded tokens, split", "reduce-scatter", 1, tokens * d * FLOAT),
-            of_a_pass("their gradient", "all-gather", 1, tokens * d * FLOAT),
-            of_a_pass("inputs of mixers, head", "all-gather", again * layers + 1, activation),
-            of_a_pass("their gradients", "reduce-scatter", layers + 1, activation),
+            of_a_pass("inputs of mixers" + ", head" * head, "all-gather", again * layers + 1, activation),
+            of_a_pass("their gradients", "reduce-scatter", layers + head, activation),
             of_a_pass("outputs of mixers", "reduce-scatter", layers, activation),
             of_a_pass("their gradients", "all-gather", layers, activation),
-            of_a_pass("gradients of norms", "all-reduce", layers + 1, d * FLOAT),
+            of_a_pass("gradients of norms", "all-reduce", norms, d * FLOAT),
         ]
+        if text:
+            rows.append(of_a_pass("embedded tokens, split", "reduce-scatter", 1, tokens * d * FLOAT))
+            rows.append(of_a_pass("their gradient", "all-gather", 1, tokens * d * FLOAT))
     else:
         rows = [
-            of_a_pass("embedded tokens", "all-reduce", 1, tokens * d * FLOAT),
             of_a_pass("outputs of mixers", "all-reduce", layers, activation),
-            of_a_pass("gradients of inputs of mixers, head", "all-reduce", layers + 1, activation),
+            of_a_pass("gradients of inputs of mixers" + ", head" * head, "all-reduce", layers + head, activation),
         ]
+        if text:
+            rows.append(of_a_pass("embedded tokens", "all-reduce", 1, tokens * d * FLOAT))
     rows += [
         of_a_pass("gated norm, forward and backward", "all-reduce", (again + 1) * layers, tokens * FLOAT),
         of_a_pass("gradient of B/C projections", "all-reduce", layers, bc * d * FLOAT),
         of_a_pass("gradient of B/C taps", "all-reduce", layers, bc * model.d_conv * FLOAT),
         of_a_pass("gradient of B/C taps' bias", "all-reduce", layers, bc * FLOAT),
     ]
+    return rows + (_vocabulary(tokens, of_a_pass) if text else _patches(cfg, of_a_pass))
+
+
+def _vocabulary(tokens: int, of_a_pass: Callable[[str, str, int, int], Collective]) -> list[Collective]:
+    """What the loss over a vocabulary that is split sums, a piece of the tokens at a time."""
+    rows = []
     for size in sorted({min(TOKENS_PER_PIECE, tokens), tokens % TOKENS_PER_PIECE or TOKENS_PER_PIECE}):
         pieces = sum(min(TOKENS_PER_PIECE, tokens - at) == size for at in range(0, tokens, TOKENS_PER_PIECE))
         if pieces:
             rows.append(of_a_pass("largest logits", "all-reduce", pieces, size * FLOAT))
             rows.append(of_a_pass("sums and targets' logits", "all-reduce", pieces, 2 * size * FLOAT))
     return rows
+
+
+def _patches(cfg: RunConfig, of_a_pass: Callable[[str, str, int, int], Collective]) -> list[Collective]:
+    """The gradients of a classifier's embeddings, of which each rank has its tokens' share under sequence parallelism."""
+    model = cfg.model
+    assert isinstance(model, VisionConfig)
+    if not cfg.parallel.sequence:
+        return []
+    row = model.d_model * FLOAT
+    positions = model.n_tokens(model.image_size, model.image_size)
+    return [
+        of_a_pass("gradient of patches", "all-reduce", 1, 3 * model.patch_size**2 * row),
+        of_a_pass("gradient of positions", "all-reduce", 1, positions * row),
+        of_a_pass("gradients of patches' bias, class token", "all-reduce", 2 if model.pool == "cls" else 1, row),
+    ]
 
 
 def _over_dp(cfg: RunConfig, world_size: int, tp: int) -> list[Collective]:

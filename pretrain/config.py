@@ -6,10 +6,11 @@ Derived numbers are properties, never stored, so that no two places can disagree
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-from modeling import nesting
-from modeling.config import LanguageConfig
+from modeling.config import BackboneConfig, LanguageConfig
+from modeling.flops import training_flops_per_token
+from modeling.nesting import LayerWidths, allowed_tp
 
 
 class ConfigError(ValueError):
@@ -115,6 +116,9 @@ class OptimConfig:
     """Decoupled decay of tensors of two or more dimensions."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights, beside the optimizer's state and sharded like it, and validate and
+    export that: at update n the average moves 1 - min(this, (1 + n) / (10 + n)) of the way to the weights. 0: none is kept."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr={self.lr}: must be positive")
@@ -128,6 +132,7 @@ class OptimConfig:
         _require(self.eps > 0, f"optim.eps={self.eps}: must be positive")
         _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: must not be negative")
         _require(self.clip_norm >= 0, f"optim.clip_norm={self.clip_norm}: must not be negative")
+        _require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}: must lie in [0, 1)")
         _require(
             0 <= self.decay_steps <= self.steps - self.warmup_steps,
             f"optim.decay_steps={self.decay_steps}: must fit in the steps after warm-up",
@@ -247,8 +252,8 @@ class LoggingConfig:
     """Steps between log lines and records in metrics.jsonl."""
     eval_every_steps: int = 500
     """Steps between validations of every width; 0 validates only after the last step."""
-    eval_sequences: int = 256
-    """Validation sequences over all ranks, the same ones every time."""
+    eval_sequences: int = 0
+    """Validation samples over all ranks, the same ones every time; 0: 256 sequences of text, or every image."""
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Where Weights & Biases records go; metrics.jsonl is always written."""
     wandb_project: str = "matmamba"
@@ -259,18 +264,36 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, f"logging.every_steps={self.every_steps}: must be at least 1")
         _require(self.eval_every_steps >= 0, f"logging.eval_every_steps={self.eval_every_steps}: must not be negative")
-        _require(self.eval_sequences >= 1, f"logging.eval_sequences={self.eval_sequences}: must be at least 1")
+        _require(self.eval_sequences >= 0, f"logging.eval_sequences={self.eval_sequences}: must not be negative")
         _require(self.peak_tflops >= 0, f"logging.peak_tflops={self.peak_tflops}: must not be negative")
+
+
+class SampleData(Protocol):
+    """What the trainer asks of any data section."""
+
+    @property
+    def path(self) -> str:
+        """A folder or a remote URI that holds train/ and val/."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one forward pass on one data-parallel rank."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Samples of an optimizer step over all ranks, each counted once however many widths see it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A complete run."""
+    """A complete run: what all kinds of runs have in common. LanguageRunConfig is one, pretrain.vision_config has another."""
 
+    task: str
+    """What is trained, and with it what `model` and `data` hold: language or vision."""
     run_dir: str
     """Folder of everything the run writes: config, metrics, checkpoints."""
-    model: LanguageConfig
-    data: DataConfig
+    model: BackboneConfig
+    data: SampleData
     optim: OptimConfig
     nesting: NestingConfig = field(default_factory=NestingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -283,7 +306,7 @@ class RunConfig:
     """auto: replay each width's forward and backward as a CUDA graph where that can be (pretrain.passes says why not). off:
     launch every kernel."""
     seed: int = 1337
-    """Seeds initial weights, data order, the sandwich draw and mixes."""
+    """Seeds initial weights, data order, augmentation, dropout, the sandwich draw and mixes."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms: two runs are bitwise equal, at some cost on a GPU."""
 
@@ -300,22 +323,63 @@ class RunConfig:
             _require(n_widths >= 2, "nesting.distill_weight needs a narrower width to teach; model.widths has one")
         if self.nesting.mix_rate:
             _require(n_widths >= 2, "nesting.mix_rate needs two widths to mix; model.widths has one")
-        allowed = nesting.allowed_tp(self.model.widths)
+        allowed = allowed_tp(self.model.widths)
         _require(
             self.parallel.tensor in allowed,
             f"parallel.tensor={self.parallel.tensor} does not divide every width of {list(self.model.widths)} heads: "
             f"use one of {allowed} or drop a width",
         )
         _require(
-            not self.parallel.sequence or self.data.seq_len % self.parallel.tensor == 0,
-            f"parallel.sequence: parallel.tensor={self.parallel.tensor} does not divide data.seq_len={self.data.seq_len}",
+            not self.parallel.sequence or self.tokens_per_pass % self.parallel.tensor == 0,
+            f"parallel.sequence: parallel.tensor={self.parallel.tensor} does not divide the {self.tokens_per_pass} tokens of "
+            "a micro-batch: choose another data.micro_batch",
         )
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Tokens of one sample of the data: of a sequence of text, or of an image."""
+        raise NotImplementedError
+
+    @property
+    def step_size(self) -> str:
+        """The setting that says how many samples a step has, for messages."""
+        raise NotImplementedError
+
+    def training_flops(self, widths: LayerWidths) -> int:
+        """Forward and backward FLOPs of a sample, of the submodel `widths`."""
+        raise NotImplementedError
+
+    @property
+    def n_eval_sequences(self) -> int:
+        """Validation samples over all ranks; 0: all of them."""
+        raise NotImplementedError
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.data.micro_batch * self.tokens_per_sequence
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
         """Weight of each of model.widths in the loss."""
         n = len(self.model.widths)
         return self.nesting.loss_weights or (1.0 / n,) * n
+
+    @property
+    def draws_per_micro_batch(self) -> int:
+        """Micro-batches that the widths of a step take from the data for each one they train on: 1 where they share it."""
+        if self.nesting.draw == "shared":
+            return 1
+        return 3 if self.nesting.rule == "sandwich" else len(self.model.widths)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples that a step takes from the data over all ranks, whichever widths see them."""
+        return self.data.sequences_per_step * self.draws_per_micro_batch
+
+    def checkpoint_bytes(self, n_parameters: int) -> int:
+        """Bytes of a checkpoint: float32 master, two moments, and the moving average where one is kept."""
+        return n_parameters * 4 * (4 if self.optim.ema_decay else 3)
 
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel replicas of `world_size` ranks. Raises ConfigError where the layout does not fit."""
@@ -329,7 +393,42 @@ class RunConfig:
         sequences, micro = self.data.sequences_per_step, self.data.micro_batch
         _require(
             sequences % (dp * micro) == 0,
-            f"data.tokens_per_step={self.data.tokens_per_step} is {sequences} sequences of {self.data.seq_len}: "
-            f"not a multiple of data-parallel size {dp} x data.micro_batch={micro}",
+            f"{self.step_size}: not a multiple of data-parallel size {dp} x data.micro_batch={micro}",
         )
         return sequences // (dp * micro)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRunConfig(RunConfig):
+    """A run that trains a language model on token shards."""
+
+    task: Literal["language"] = "language"
+    model: LanguageConfig
+    data: DataConfig
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """See RunConfig."""
+        return self.data.seq_len
+
+    @property
+    def step_size(self) -> str:
+        """See RunConfig."""
+        tokens, length = self.data.tokens_per_step, self.data.seq_len
+        return f"data.tokens_per_step={tokens} is {self.data.sequences_per_step} sequences of {length}"
+
+    def training_flops(self, widths: LayerWidths) -> int:
+        """See RunConfig."""
+        return training_flops_per_token(self.model, widths) * self.data.seq_len
+
+    @property
+    def n_eval_sequences(self) -> int:
+        """See RunConfig."""
+        return self.logging.eval_sequences or 256
+
+
+def language_run(cfg: RunConfig) -> LanguageRunConfig:
+    """`cfg`, for what only language models do. Raises ConfigError where it is another kind of run."""
+    if not isinstance(cfg, LanguageRunConfig):
+        raise ConfigError(f"task={cfg.task}: this is for language models; {cfg.run_dir} trains another kind")
+    return cfg

@@ -12,7 +12,11 @@ from typing import Any, Literal
 
 import yaml
 
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import ConfigError, LanguageRunConfig, RunConfig
+from pretrain.vision_config import VisionRunConfig
+
+TASKS: dict[str, type[RunConfig]] = {"language": LanguageRunConfig, "vision": VisionRunConfig}
+"""What a config file's `task` stands for; a file that names none is of a language model."""
 
 
 def _require(ok: bool, message: str) -> None:
@@ -37,7 +41,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     """The run that plain nested data describes, as YAML or a checkpoint's manifest holds it."""
-    config = _build(RunConfig, raw, "")
+    task = raw.get("task", "language")
+    _require(task in TASKS, f"task={task!r}: must be one of {', '.join(TASKS)}")
+    config = _build(TASKS[task], raw, "")
     assert isinstance(config, RunConfig)
     return config
 

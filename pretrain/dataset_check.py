@@ -1,4 +1,4 @@
-"""What is known of a token dataset before training: its manifest, and that its index and shards are in order."""
+"""What is known of a dataset before training: its manifest, and that its index and shards are in order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_dataset(cfg: DataConfig, vocab_size: int) -> Manifest:
             f"of {divisors[-8:]}, or prepare the data with --row-tokens a multiple of {cfg.seq_len}"
         )
     for split, n_needed in (("train", cfg.sequences_per_step), ("val", 1)):
-        n_rows = _check_index(cfg, split)
+        n_rows = check_index(cfg.path, cfg.cache_dir, split)
         n_sequences = n_rows * (manifest.row_tokens // cfg.seq_len)
         if n_sequences < n_needed:
             raise ConfigError(
@@ -51,21 +51,24 @@ def check_dataset(cfg: DataConfig, vocab_size: int) -> Manifest:
     return manifest
 
 
-def _check_index(cfg: DataConfig, split: str) -> int:
-    """Rows that the split's index lists; for a local dataset, every shard it names is there in its full size."""
-    if cfg.cache_dir:
-        path = _fetch(f"{cfg.path}/{split}/{INDEX_NAME}", cfg.cache_dir)
+def check_index(dataset: str, cache_dir: str, split: str) -> int:
+    """Rows that the split's index lists; for a local dataset, every shard it names is there in its full size.
+
+    Raises FileNotFoundError or DatasetError, naming the shard.
+    """
+    if cache_dir:
+        path = _fetch(f"{dataset}/{split}/{INDEX_NAME}", cache_dir)
     else:
-        path = Path(cfg.path) / split / INDEX_NAME
+        path = Path(dataset) / split / INDEX_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {cfg.path} has no split {split}; prepare the data again")
+            raise FileNotFoundError(f"{path} is missing: {dataset} has no split {split}; prepare the data again")
     try:
         shards = json.loads(path.read_text())["shards"]
         n_rows = sum(int(shard["samples"]) for shard in shards)
         files = [[info for info in (shard["raw_data"], shard["zip_data"]) if info] for shard in shards]
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} is not an MDS index ({error!r}): prepare the data again") from error
-    if cfg.cache_dir:
+    if cache_dir:
         path.unlink()
         return n_rows
     for either in files:
@@ -88,17 +91,25 @@ def _check_index(cfg: DataConfig, split: str) -> int:
 
 def manifest_of(cfg: DataConfig) -> Manifest:
     """The dataset's manifest, fetched anew where the dataset is remote; refuses a cache of another dataset."""
-    if not cfg.cache_dir:
-        return read_manifest(cfg.path)
-    cached = Path(cfg.cache_dir) / MANIFEST_NAME
-    fetched = _fetch(f"{cfg.path}/{MANIFEST_NAME}", cfg.cache_dir)
+    return read_manifest(manifest_folder(cfg.path, cfg.cache_dir))
+
+
+def manifest_folder(dataset: str, cache_dir: str) -> str:
+    """The local folder that holds the manifest of `dataset`: fetched anew into `cache_dir` where it is remote.
+
+    Raises FileNotFoundError where it cannot be fetched, ConfigError where the cache is of another dataset.
+    """
+    if not cache_dir:
+        return dataset
+    cached = Path(cache_dir) / MANIFEST_NAME
+    fetched = _fetch(f"{dataset}/{MANIFEST_NAME}", cache_dir)
     if cached.is_file() and cached.read_bytes() != fetched.read_bytes():
         fetched.unlink()
         raise ConfigError(
-            f"data.cache_dir={cfg.cache_dir} holds shards of another dataset than {cfg.path}: empty it or name another"
+            f"data.cache_dir={cache_dir} holds shards of another dataset than {dataset}: empty it or name another"
         )
     os.replace(fetched, cached)
-    return read_manifest(cfg.cache_dir)
+    return cache_dir
 
 
 def _fetch(remote: str, cache_dir: str) -> Path:

@@ -6,13 +6,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from modeling.flops import (
-    forward_flops_per_token,
-    language_parameters,
-    local_parameters,
-    training_flops_per_token,
-)
-from modeling.language import LanguageModel
+from modeling.flops import local_parameters, submodel_parameters
+from modeling.models import build_model
 from modeling.nesting import width_name
 from modeling.tensor_parallel import TensorParallel
 from pretrain.collectives import collectives
@@ -31,7 +26,7 @@ def print_dry_run(cfg: RunConfig, world_size: int) -> None:
     dp, tp = cfg.data_parallel(world_size), cfg.parallel.tensor
     accumulation = cfg.grad_accum_steps(world_size)
     with torch.device("meta"):
-        local = LanguageModel(cfg.model, tp=TensorParallel(size=tp))
+        local = build_model(cfg.model, tp=TensorParallel(size=tp))
     built = sum(parameter.numel() for parameter in local.parameters())
     assert built == local_parameters(cfg.model, tp), (
         f"flops.py counts {local_parameters(cfg.model, tp)}, model has {built}"
@@ -39,17 +34,23 @@ def print_dry_run(cfg: RunConfig, world_size: int) -> None:
 
     console = plain_console()
     console.print(_width_table(cfg))
-    per_pass = cfg.data.micro_batch * cfg.data.seq_len
-    tokens = cfg.optim.steps * cfg.data.tokens_per_step
-    joint = sum(training_flops_per_token(cfg.model, cfg.model.layer_widths(n)) for n in cfg.model.widths)
+    unit = "images" if cfg.task == "vision" else "sequences"
+    draws, samples, each = cfg.draws_per_micro_batch, cfg.samples_per_step, cfg.tokens_per_sequence
+    total = cfg.optim.steps * samples
+    joint = sum(cfg.training_flops(cfg.model.layer_widths(n)) for n in cfg.model.widths)
+    whole = submodel_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total
+    checkpoint = cfg.checkpoint_bytes(whole)
     rows = {
         "layout": f"{world_size} ranks = tp {tp} x dp {dp}, ZeRO stage {cfg.parallel.zero_stage}",
         "parameters a rank": f"{built:,}",
-        "steps": f"{cfg.optim.steps:,} of {cfg.data.tokens_per_step:,} tokens = {tokens / 1e9:,.2f}B tokens",
-        "a step on a rank": f"{accumulation} micro-batches of {cfg.data.micro_batch} x {cfg.data.seq_len} tokens "
-        f"({per_pass:,}), {len(cfg.model.widths)} widths each, gradients reduced once",
-        "training compute": f"{joint * tokens:.3g} FLOPs over all widths, {joint / 1e9:,.2f} GFLOP a token",
-        "checkpoint": f"{language_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total * 12 / GIB:.2f} GiB "
+        "steps": f"{cfg.optim.steps:,} of {samples:,} {unit} of {each:,} tokens = {total:,} {unit}, "
+        f"{total * each / 1e9:,.2f}B tokens",
+        "a step on a rank": f"{accumulation} micro-batches of {cfg.data.micro_batch} x {each} tokens "
+        f"({cfg.tokens_per_pass:,}), {len(cfg.model.widths)} widths each"
+        + (", every width on its own" if draws > 1 else "")
+        + ", gradients reduced once",
+        "training compute": f"{joint * total / draws:.3g} FLOPs over all widths, {joint / each / 1e9:,.2f} GFLOP a token",
+        "checkpoint": f"{checkpoint / GIB:.2f} GiB "
         f"each, {cfg.checkpoint.keep_last} kept, every {cfg.checkpoint.every_steps:,} steps",
     }
     grid = Table.grid(padding=(0, 2))
@@ -74,21 +75,21 @@ def _width_table(cfg: RunConfig) -> Table:
         "parameters",
         "of full",
         "without embedding",
-        "forward MFLOP/token",
+        "forward MFLOP a token",
         "bf16 weights MiB",
     ):
         table.add_column(column, justify="right")
-    full = language_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total
+    full = submodel_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total
     for n_heads in cfg.model.widths:
         widths = cfg.model.layer_widths(n_heads)
-        parameters = language_parameters(cfg.model, widths)
+        parameters = submodel_parameters(cfg.model, widths)
         table.add_row(
             width_name(n_heads, cfg.model.n_heads),
             str(n_heads),
             f"{parameters.total:,}",
             f"{parameters.total / full:.0%}",
             f"{parameters.blocks:,}",
-            f"{forward_flops_per_token(cfg.model, widths) / 1e6:,.0f}",
+            f"{cfg.training_flops(widths) / 3 / cfg.tokens_per_sequence / 1e6:,.0f}",
             f"{parameters.total * 2 / 2**20:,.0f}",
         )
     return table

@@ -5,19 +5,23 @@ widths and micro-batches accumulate in float32, and A_log, dt_bias, D and norms 
 the optimizer's master copy and moments over data parallelism.
 
 Under ZeRO 1 gradients add up in one buffer that lives as long as the run, and DeepSpeed gets them once a step: backward is
-torch's own, so that matrix products can add straight into it (LanguageModel's in_place_gradients) and passes can be CUDA
+torch's own, so that matrix products can add straight into it (Backbone's in_place_gradients) and passes can be CUDA
 graphs, which know memory by its address. Under ZeRO 2 DeepSpeed's hooks take each backward's gradients away to shard them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +29,8 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 
-from modeling.language import LanguageModel
+from modeling.backbone import Backbone
+from modeling.checkpoint_reader import EMA, KINDS
 from modeling.tensor_parallel import layout_of
 from pretrain.config import RunConfig
 from pretrain.distributed import Mpu, Ranks
@@ -45,12 +50,14 @@ class Fragment:
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    ema: Tensor | None = None
+    """The moving average of the master, where the run keeps one."""
 
 
 class Engine:
     """One model under DeepSpeed ZeRO. All ranks must call `backward` and `step`."""
 
-    def __init__(self, model: LanguageModel, cfg: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, model: Backbone, cfg: RunConfig, ranks: Ranks) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
         if ranks.device.type == "cpu":
             # Its shared-memory collective would be compiled at first use (a minute); gloo serves CPU ranks here.
@@ -72,9 +79,14 @@ class Engine:
             dist_init_required=False,
             config=deepspeed_config(cfg, ranks),
         )
-        self.model: LanguageModel = model
+        self.model: Any = model
         self.parameters = dict(model.named_parameters())
         self._make_optimizer_state()
+        self._ema_decay = cfg.optim.ema_decay
+        self._ema: dict[str, Tensor] = {}
+        if self._ema_decay:
+            self._ema = {name: part.master.detach().clone() for name, part in self._fragments()}
+        self._dp_group = ranks.dp_group
         self.gradients: GradientBuffer | None = None
         if cfg.parallel.keeps_gradients:
             for hook in self.optimizer._grad_acc_hooks:  # they shard gradients, which ZeRO 1 does not
@@ -109,6 +121,8 @@ class Engine:
             group["lr"] = lr
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
+        if self._ema and math.isfinite(norm):
+            self._move_average()
         if self.gradients is not None:
             self.gradients.clear()
         return float(norm)
@@ -136,7 +150,49 @@ class Engine:
             master=mapping.hp_fragment,
             exp_avg=mapping.get_optim_state_fragment("exp_avg"),
             exp_avg_sq=mapping.get_optim_state_fragment("exp_avg_sq"),
+            ema=self._ema.get(name),
         )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What a fragment holds of each parameter, by name."""
+        return (*KINDS, EMA) if self._ema_decay else KINDS
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model's weights are their moving average, if the run keeps one. Every rank must call.
+
+        They are put together from the shards in place, so that nothing that knows them by their address has to know.
+        """
+        if not self._ema_decay:
+            yield
+            return
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            flat = torch.zeros(parameter.numel(), device=parameter.device)
+            part = self.fragment(name)
+            if part is not None and part.ema is not None:
+                flat[part.start : part.start + part.ema.numel()] = part.ema
+            dist.all_reduce(flat, group=self._dp_group)  # every entry is one rank's, zero on the others
+            parameter.data.copy_(flat.view_as(parameter))
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(kept[name])
+
+    def _fragments(self) -> Iterator[tuple[str, Fragment]]:
+        for name in self.parameters:
+            part = self.fragment(name)
+            if part is not None:
+                yield name, part
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        n = self.n_updates
+        decay = min(self._ema_decay, (1 + n) / (10 + n))
+        masters = [part.master for _, part in self._fragments()]
+        torch._foreach_lerp_(list(self._ema.values()), masters, 1 - decay)
 
     @property
     def n_updates(self) -> int:

@@ -1,6 +1,6 @@
-"""Validation loss of every width, over all ranks: in a run, and of a checkpoint.
+"""How good a checkpoint is on the validation data at any width or mix, over all ranks.
 
-python -m pretrain.evaluate RUN_OR_CHECKPOINT [--data DIR] [--width 1/4] [--width 1,1/2,...] [--sequences N]
+python -m pretrain.evaluate RUN_OR_CHECKPOINT [--data DIR] [--width 1/4] [--width 1,1/2,...] [--samples N] [--image-size N]
 """
 
 from __future__ import annotations
@@ -9,52 +9,39 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from modeling.checkpoint_reader import CheckpointError
-from modeling.language import LanguageModel
-from modeling.loss import next_token_loss
-from modeling.nesting import LayerWidths, uniform, width_name
+from modeling.checkpoint_reader import WEIGHTS, WEIGHTS_HELP, CheckpointError
+from modeling.nesting import uniform, width_name
 from modeling.search import read_widths
 from pretrain.checkpoint_model import load_model
-from pretrain.data import Batch, validation_batches
-from pretrain.dataset_check import check_dataset
-from pretrain.distributed import Ranks, close_ranks, init_ranks
+from pretrain.config import ConfigError, RunConfig
+from pretrain.distributed import close_ranks, init_ranks
+from pretrain.task import Scores
+from pretrain.tasks import task_of
 
 
-def validation_losses(
-    model: LanguageModel, batches: Iterable[Batch], widths: Sequence[int], ranks: Ranks
-) -> dict[int, float]:
-    """Mean next-token loss in nats of each uniform width (head count) over all ranks' batches, each token counted once.
+def changed_data(cfg: RunConfig, path: str | None, n_samples: int, image_size: int | None) -> RunConfig:
+    """The run with other validation data: another dataset, number of samples (0: the task's own), or size of images.
 
-    `batches` is this data-parallel rank's share. All ranks must call. Ranks may hold different numbers of batches.
+    Raises ConfigError where the run cannot have it.
     """
-    losses = submodel_losses(model, batches, [model.cfg.layer_widths(n_heads) for n_heads in widths], ranks)
-    return dict(zip(widths, losses, strict=True))
+    data: dict[str, Any] = {} if path is None else {"path": path}
+    if image_size is not None:
+        if cfg.task != "vision":
+            raise ConfigError(f"--image-size {image_size}: task={cfg.task} has no images")
+        data["image_size"] = image_size
+    changed: Any = replace(cfg.data, **data)  # type: ignore[type-var]
+    return replace(cfg, data=changed, logging=replace(cfg.logging, eval_sequences=n_samples))
 
 
-@torch.no_grad()
-def submodel_losses(
-    model: LanguageModel, batches: Iterable[Batch], submodels: Sequence[LayerWidths], ranks: Ranks
-) -> list[float]:
-    """As `validation_losses`, for any submodels: one head count a layer each."""
-    sums = torch.zeros(len(submodels) + 1, dtype=torch.float64)
-    for batch in batches:
-        n_tokens = batch.targets_bt.numel()
-        tokens_bt, targets_bt = batch.tokens_bt.to(ranks.device), batch.targets_bt.to(ranks.device)
-        seq_idx_bt = None if batch.seq_idx_bt is None else batch.seq_idx_bt.to(ranks.device)
-        for i, widths in enumerate(submodels):
-            hidden_btd = model(tokens_bt, widths, seq_idx_bt=seq_idx_bt)
-            sums[i] += n_tokens * next_token_loss(model, hidden_btd, targets_bt).next_token.double().cpu()
-        sums[-1] += n_tokens
-    # Ranks of one replica hold the same sums; adding all of them leaves the ratio as it is.
-    dist.all_reduce(sums, group=ranks.cpu_group)
-    return [float(total / sums[-1]) for total in sums[:-1]]
+def line_of(scores: Scores) -> str:
+    """What validation said, for people."""
+    loss = f"loss {scores['loss']:.4f}"
+    shares = [f"{name} {scores[name]:.2%}" for name in scores if name != "loss"]
+    return ", ".join([loss, *(shares or [f"perplexity {math.exp(scores['loss']):.3f}"])])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,40 +50,40 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m pretrain.evaluate", description="Validate a checkpoint at any width."
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder")
-    parser.add_argument("--data", help="token shards; default: the run's")
+    parser.add_argument("--data", help="token or image shards; default: the run's")
     parser.add_argument(
         "--width", action="append", help="1/4, 16h, or one for each layer; default: every trained width"
     )
-    parser.add_argument("--sequences", type=int, default=1024, help="validation sequences to read")
+    parser.add_argument(
+        "--samples", "--sequences", type=int, help="validation samples; default: 1024 sequences, or every image"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels of a side; default: the run's")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help=WEIGHTS_HELP)
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
     try:
-        model, cfg = load_model(args.checkpoint)
-        data = cfg.data if args.data is None else replace(cfg.data, path=args.data)
+        model, cfg = load_model(args.checkpoint, weights=args.weights)
+        n_samples = args.samples if args.samples is not None else 0 if cfg.task == "vision" else 1024
+        cfg = changed_data(cfg, args.data, n_samples, args.image_size)
         full, n_layers = cfg.model.n_heads, cfg.model.n_layers
         if args.width is None:
             submodels = {width_name(n, full): uniform(n, n_layers) for n in cfg.model.widths}
         else:
             submodels = {text: read_widths(text, full, n_layers) for text in args.width}
-        check_dataset(data, cfg.model.vocab_size)
+        task = task_of(cfg)
+        task.check_data()
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     ranks = init_ranks(1)
     model.to(ranks.device)
-    batches = validation_batches(
-        data,
-        vocab_size=cfg.model.vocab_size,
-        dp_rank=ranks.dp_rank,
-        dp_size=ranks.dp_size,
-        n_sequences=args.sequences,
-    )
-    losses = submodel_losses(model, batches, list(submodels.values()), ranks)
+    scores = task.scores(model, task.validation(ranks), list(submodels.values()), ranks)
     if ranks.is_main:
-        for name, loss in zip(submodels, losses, strict=True):
-            print(f"width {name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+        for name, one in zip(submodels, scores, strict=True):
+            print(f"width {name}: {line_of(one)}")
         if args.json is not None:
-            args.json.write_text(json.dumps(dict(zip(submodels, losses, strict=True)), indent=1) + "\n")
+            found = {name: one["loss"] if len(one) == 1 else one for name, one in zip(submodels, scores, strict=True)}
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     close_ranks()
     return 0
 

@@ -1,10 +1,12 @@
-"""What a device can do at best: the peaks that MFU is stated against."""
+"""What a device can do: the dtype that a run computes in there, and the peaks that MFU is stated against."""
 
 from __future__ import annotations
 
 import re
 
 import torch
+
+from pretrain.config import RunConfig
 
 GPU_PEAK_TFLOPS = {
     # Dense bf16 with float32 accumulation, from the vendor's datasheets; the longest name that matches counts.
@@ -50,3 +52,10 @@ def memory_gib(device: torch.device) -> float:
     with open("/proc/self/status") as f:
         peak_kib = next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
     return peak_kib / 2**20
+
+
+def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of activations and of the weights' working copies."""
+    if cfg.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if cfg.precision == "bf16" else torch.float32

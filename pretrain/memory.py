@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modeling.config import LanguageConfig
+from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.flops import local_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from modeling.nesting import local_heads
@@ -31,7 +31,7 @@ class Memory:
     gradients: int
     """float32, whole until ZeRO reduces them."""
     optimizer: int
-    """Master copy and two moments of this rank's ZeRO shard."""
+    """Master copy, two moments and where it is kept the moving average of this rank's ZeRO shard."""
     activations: int
     """Kept from forward for backward."""
     transient: int
@@ -48,7 +48,7 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     dp, tp = cfg.data_parallel(world_size), cfg.parallel.tensor
     parameters = local_parameters(cfg.model, tp)
     shard = -(-parameters // dp)
-    tokens = cfg.data.micro_batch * cfg.data.seq_len
+    tokens = cfg.tokens_per_pass
     between = tokens // tp if cfg.parallel.sequence else tokens
     layer = _Layer.of(cfg.model, tp, tokens, between)
     all_of = layer.projections + layer.inside
@@ -60,12 +60,12 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     }[cfg.parallel.activation_checkpointing]
     activations = cfg.model.n_layers * kept + between * cfg.model.d_model * FLOAT
     weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
-    in_backward = max(_loss_bytes(cfg.model, tp, tokens), layer.backward + again + weight_gradients)
+    in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)
     in_update = shard * FLOAT
     return Memory(
         parameters=parameters * FLOAT,
         gradients=parameters * FLOAT,
-        optimizer=3 * shard * FLOAT,
+        optimizer=(4 if cfg.optim.ema_decay else 3) * shard * FLOAT,
         activations=activations,
         transient=max(in_backward, in_update - activations),
     )
@@ -89,7 +89,7 @@ class _Layer:
     """Where they are not added in place."""
 
     @classmethod
-    def of(cls, cfg: LanguageConfig, tp: int, tokens: int, between: int) -> _Layer:
+    def of(cls, cfg: BackboneConfig, tp: int, tokens: int, between: int) -> _Layer:
         heads = local_heads(cfg.n_heads, tp)
         inner, bc, d = heads * cfg.headdim, 2 * cfg.d_state, cfg.d_model
         projected = tokens * (2 * inner + bc + heads) * BF16
@@ -109,6 +109,18 @@ class _Layer:
             backward=projected + mixed + 2 * channels + states + 2 * between * d * FLOAT,
             weight_gradients=(2 * inner + bc + heads + inner) * d * FLOAT,
         )
+
+
+def _ends_bytes(cfg: RunConfig, tp: int) -> int:
+    """What stands at the peak outside the blocks: a language model's loss, or a classifier's images and patches."""
+    model = cfg.model
+    if isinstance(model, LanguageConfig):
+        return _loss_bytes(model, tp, cfg.tokens_per_pass)
+    assert isinstance(model, VisionConfig)
+    pixels = cfg.tokens_per_pass * 3 * model.patch_size**2
+    # Images as they were drawn and mixed, and as patches; logits, softmax and targets; token embeddings before positions.
+    images = pixels * (2 * FLOAT + 2 * BF16)
+    return images + cfg.data.micro_batch * model.n_classes * 4 * FLOAT + cfg.tokens_per_pass * model.d_model * 2 * FLOAT
 
 
 def _loss_bytes(cfg: LanguageConfig, tp: int, tokens: int) -> int:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modeling.flops import training_flops_per_token
 from modeling.nesting import LayerWidths, width_name
 from pretrain.config import RunConfig
 from pretrain.hardware import device_name, memory_gib, peak_tflops
@@ -32,18 +31,19 @@ class StepMeter:
     def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
         self.peak, self.peak_source = peak_tflops(device_name(ranks.device), cfg.logging.peak_tflops)
-        self._flops_per_token = {
-            n_heads: training_flops_per_token(cfg.model, cfg.model.layer_widths(n_heads))
-            for n_heads in cfg.model.widths
-        }
+        self._flops_per_token = {n: self._flops_of(cfg.model.layer_widths(n)) for n in cfg.model.widths}
         self._start_interval()
 
     def add_mix(self, layers: LayerWidths, n_tokens: int) -> None:
         """Count a pass whose layers differ in width: its work alone, since its loss is no trained width's."""
-        self._flops += training_flops_per_token(self.cfg.model, layers) * n_tokens * self.ranks.dp_size
+        self._flops += self._flops_of(layers) * n_tokens * self.ranks.dp_size
+
+    def _flops_of(self, layers: LayerWidths) -> float:
+        """Training FLOPs a token."""
+        return self.cfg.training_flops(layers) / self.cfg.tokens_per_sequence
 
     def add(self, n_heads: int, loss: Tensor, n_tokens: int) -> None:
-        """Count one width's mean next-token loss over this rank's `n_tokens` tokens."""
+        """Count one width's mean loss over this rank's `n_tokens` tokens."""
         row = self.cfg.model.widths.index(n_heads)
         self._step_sums[row, 0] += loss.detach() * n_tokens
         self._step_sums[row, 1] += n_tokens
@@ -91,13 +91,17 @@ class StepMeter:
             "memory_gib": memory_gib(self.ranks.device),
             "eta_s": (self.cfg.optim.steps - step) * elapsed_s / self._steps,
         }
+        if self.cfg.task == "vision":
+            each = self.cfg.tokens_per_sequence
+            record |= {"images": tokens // each, "images_per_s": record["tokens_per_s"] / each}
         self._start_interval()
         return record
 
     def _start_interval(self) -> None:
         self._step_sums = torch.zeros(len(self.cfg.model.widths), 2, dtype=torch.float64, device=self.ranks.device)
         self._sums = torch.zeros(len(self.cfg.model.widths), 2, dtype=torch.float64, device=self.ranks.device)
-        self._flops = self._tokens = self._steps = 0
+        self._flops = 0.0
+        self._tokens = self._steps = 0
         self._paused_s = 0.0
         self._start = time.perf_counter()
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling.config import LanguageConfig
-from modeling.loss import Loss, next_token_loss
+from modeling.config import BackboneConfig
+from modeling.loss import Loss
 from modeling.nesting import LayerWidths
 from pretrain.config import NestingConfig, RunConfig
-from pretrain.data import Batch
 from pretrain.engine import Engine
-from pretrain.passes import GraphedPasses, PassInputs
+from pretrain.passes import GraphedPasses
+from pretrain.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class WeightedWidth:
 
 
 def step_widths(
-    model: LanguageConfig, cfg: NestingConfig, weights: tuple[float, ...], seed: int, step: int
+    model: BackboneConfig, cfg: NestingConfig, weights: tuple[float, ...], seed: int, step: int
 ) -> list[WeightedWidth]:
     """The widths of step `step`, widest first. A function of the seed and the step, so a resumed run draws the same.
 
@@ -59,16 +60,9 @@ def step_widths(
     ]
 
 
-def draws_per_micro_batch(model: LanguageConfig, cfg: NestingConfig) -> int:
-    """Micro-batches that the widths of a step take from the data for each one they train on: 1 where they share it."""
-    if cfg.draw == "shared":
-        return 1
-    return 3 if cfg.rule == "sandwich" else len(model.widths)
-
-
 def add_gradients(
     engine: Engine,
-    batches: Sequence[Batch],
+    batches: Sequence[Any],
     widths: Sequence[WeightedWidth],
     cfg: RunConfig,
     *,
@@ -81,41 +75,33 @@ def add_gradients(
     device. `last` marks the step's last micro-batch. With distillation the first, widest one teaches the others. A loss is
     to be read before the next one is asked for. All ranks must call, and exhaust the iterator alike.
     """
-    teacher_btd: Tensor | None = None
+    task, teacher = task_of(cfg), None
+    inputs_of = [task.inputs(batch) for batch in batches]
     for i, width in enumerate(widths):
-        batch = batches[i % len(batches)]
-        scale = torch.full((), width.weight / n_micro, device=batch.tokens_bt.device)
-        inputs = PassInputs(batch.tokens_bt, batch.targets_bt, batch.seq_idx_bt, scale)
+        inputs = inputs_of[i % len(batches)]
+        inputs = inputs._replace(scale=torch.full_like(inputs.scale, width.weight / n_micro))
         if engine.graphs is not None:
             yield width, engine.graphs(width.layers, inputs)
             continue
-        loss, hidden_btd = _pass(engine, width.layers, inputs, cfg, teacher_btd, last=last and i == len(widths) - 1)
+        loss, lesson = _pass(engine, width.layers, inputs, cfg, teacher, last=last and i == len(widths) - 1)
         if cfg.nesting.distill_weight and i == 0:
-            teacher_btd = hidden_btd.detach()
+            teacher = lesson.detach()
         yield width, loss
 
 
 def _pass(
     engine: Engine,
     widths: LayerWidths,
-    inputs: PassInputs,
+    inputs: Any,
     cfg: RunConfig,
-    teacher_btd: Tensor | None = None,
+    teacher: Tensor | None = None,
     *,
     last: bool,
 ) -> tuple[Loss, Tensor]:
-    """One forward and backward: the loss, detached, and the final hidden states."""
-    hidden_btd = engine(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
-    loss = next_token_loss(
-        engine.model,
-        hidden_btd,
-        inputs.targets_bt,
-        teacher_btd=teacher_btd,
-        distill_weight=cfg.nesting.distill_weight,
-        temperature=cfg.nesting.distill_temperature,
-    )
+    """One forward and backward: the loss, detached, and what a narrower submodel learns from."""
+    loss, lesson = task_of(cfg).loss(engine, widths, inputs, teacher)
     engine.backward(loss.total * inputs.scale, last=last)
-    return Loss(loss.total.detach(), loss.next_token), hidden_btd
+    return Loss(loss.total.detach(), loss.next_token), lesson
 
 
 def graphed(engine: Engine, cfg: RunConfig) -> GraphedPasses:

@@ -9,7 +9,7 @@ keeps anything but its losses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from pretrain.config import RunConfig
 
 
 class PassInputs(NamedTuple):
-    """What a pass reads, on the device."""
+    """What a language model's pass reads, on the device. Other tasks have named tuples of their own, with `scale` too."""
 
     tokens_bt: Tensor
     targets_bt: Tensor
@@ -29,7 +29,7 @@ class PassInputs(NamedTuple):
     """What the loss is multiplied by before backward: float32, no dims."""
 
 
-Pass = Callable[[LayerWidths, PassInputs], Loss]
+Pass = Callable[[LayerWidths, Any], Loss]
 """Adds the gradients of scale * loss, and returns the loss; gradients lie at fixed addresses, and nothing waits for the GPU."""
 
 
@@ -57,9 +57,9 @@ class GraphedPasses:
         self._run = run
         self._pool = torch.cuda.graph_pool_handle()
         self._launched: set[tuple[object, ...]] = set()
-        self._captured: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, PassInputs, Loss]] = {}
+        self._captured: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Any, Loss]] = {}
 
-    def __call__(self, widths: LayerWidths, inputs: PassInputs) -> Loss:
+    def __call__(self, widths: LayerWidths, inputs: Any) -> Loss:
         """As `run`; what it returns is overwritten by the next call for the same submodel."""
         key = (widths, *(None if x is None else x.shape for x in inputs))
         if key not in self._launched:
@@ -74,8 +74,8 @@ class GraphedPasses:
         graph.replay()
         return loss
 
-    def _capture(self, widths: LayerWidths, inputs: PassInputs) -> tuple[torch.cuda.CUDAGraph, PassInputs, Loss]:
-        fixed = PassInputs(*(None if x is None else x.clone() for x in inputs))  # type: ignore[arg-type]
+    def _capture(self, widths: LayerWidths, inputs: Any) -> tuple[torch.cuda.CUDAGraph, Any, Loss]:
+        fixed = type(inputs)(*(None if x is None else x.clone() for x in inputs))
         graph = torch.cuda.CUDAGraph()
         # Other threads (a loader that pins memory, a checkpoint being written) may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

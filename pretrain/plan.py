@@ -15,7 +15,7 @@ from rich.table import Table
 from modeling import nesting
 from modeling.flops import local_parameters, training_flops_per_token
 from pretrain.collectives import collectives, passes_per_step
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import ConfigError, LanguageRunConfig
 from pretrain.dry_run import plain_console
 from pretrain.hardware import GPU_PEAK_TFLOPS
 from pretrain.memory import Memory, estimate
@@ -81,7 +81,7 @@ class Cluster:
 class Plan:
     """One layout that fits."""
 
-    cfg: RunConfig
+    cfg: LanguageRunConfig
     memory: Memory
     compute_s: float
     """Matrix products and memory-bound kernels of a step."""
@@ -95,7 +95,7 @@ class Plan:
         return max(self.compute_s, self.host_s) + self.tp_s + self.dp_s
 
 
-def plan(cfg: RunConfig, cluster: Cluster) -> list[Plan]:
+def plan(cfg: LanguageRunConfig, cluster: Cluster) -> list[Plan]:
     """Every layout of `cfg`'s step that fits the cluster, fastest first. Raises ConfigError where none does."""
     room = (GPUS[cluster.gpu][0] - RESERVED_GIB) * GIB
     memories = [(candidate, estimate(candidate, cluster.world_size)) for candidate in _layouts(cfg, cluster)]
@@ -114,7 +114,7 @@ def plan(cfg: RunConfig, cluster: Cluster) -> list[Plan]:
     return sorted(fitting, key=lambda found: (found.step_s, found.memory.total))
 
 
-def _layouts(cfg: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
+def _layouts(cfg: LanguageRunConfig, cluster: Cluster) -> Iterator[LanguageRunConfig]:
     for tp in nesting.allowed_tp(cfg.model.widths):
         dp, rest = divmod(cluster.world_size, tp)
         per_rank, uneven = divmod(cfg.data.sequences_per_step, max(dp, 1))
@@ -135,7 +135,7 @@ def _layouts(cfg: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
                         yield replace(cfg, parallel=parallel, data=replace(cfg.data, micro_batch=micro_batch))
 
 
-def predict(cfg: RunConfig, cluster: Cluster, memory: Memory | None = None) -> Plan:
+def predict(cfg: LanguageRunConfig, cluster: Cluster, memory: Memory | None = None) -> Plan:
     """The run's own layout, whether it fits or not. Raises ConfigError where it does not divide the step."""
     tp_s, dp_s = _link_seconds(cfg, cluster)
     again = cfg.parallel.activation_checkpointing
@@ -149,7 +149,7 @@ def predict(cfg: RunConfig, cluster: Cluster, memory: Memory | None = None) -> P
     )
 
 
-def _compute_seconds(cfg: RunConfig, cluster: Cluster) -> float:
+def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
     model, tp = cfg.model, cfg.parallel.tensor
     tokens = cfg.data.micro_batch * cfg.data.seq_len * cfg.grad_accum_steps(cluster.world_size)
     between = tokens / tp if cfg.parallel.sequence else tokens
@@ -175,7 +175,7 @@ def _compute_seconds(cfg: RunConfig, cluster: Cluster) -> float:
     return products / (PRODUCT_FLOP_S * faster) + bound / wider + UPDATE_HOST_S
 
 
-def _link_seconds(cfg: RunConfig, cluster: Cluster) -> tuple[float, float]:
+def _link_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> tuple[float, float]:
     """Seconds of a step's collectives over tp and over dp: rings, over the slowest link that they cross."""
     tp, world_size = cfg.parallel.tensor, cluster.world_size
     sizes = {"tp": tp, "dp": cfg.data_parallel(world_size)}
@@ -189,7 +189,7 @@ def _link_seconds(cfg: RunConfig, cluster: Cluster) -> tuple[float, float]:
     return seconds["tp"], seconds["dp"]
 
 
-def print_plan(cfg: RunConfig, cluster: Cluster, *, shown: int = 12) -> None:
+def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> None:
     """Print the fastest layouts and what they rest on. Raises ConfigError where none fits."""
     plans = plan(cfg, cluster)
     table = Table(

@@ -16,14 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from modeling.flops import language_parameters
+from modeling.flops import submodel_parameters
 from pretrain.config import RunConfig
 from pretrain.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_BYTES = 12
-"""A parameter's: master and two moments, float32."""
 MESSAGE_BYTES = 256 << 20
 LEAST_GB_S = 5.0
 """Floor on the all-reduce's bus bandwidth in GB/s where ALLREDUCE_GB_S is not set: a tenth of a 400 Gbit/s link. A node
@@ -95,8 +93,8 @@ def _check_disk(cfg: RunConfig) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    parameters = language_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total
-    needed = 2 * CHECKPOINT_BYTES * parameters
+    parameters = submodel_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total
+    needed = 2 * cfg.checkpoint_bytes(parameters)
     if free < needed:
         raise PreflightError(
             f"{folder} has {free / 1e9:.1f} GB free, two checkpoints of this run take {needed / 1e9:.1f} GB: make room, or "

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from modeling.checkpoint_reader import KINDS, CheckpointError, Reader, RunState
+from modeling.checkpoint_reader import EMA, CheckpointError, Reader, RunState
 from modeling.tensor_parallel import layout_of, local_part
 from pretrain import checkpoint
 from pretrain.config import ConfigError, RunConfig
@@ -103,13 +103,18 @@ def _open_verified(folder: Path, ranks: Ranks) -> Reader:
 
 
 def _load(engine: Engine, reader: Reader, n_heads: int, ranks: Ranks) -> None:
-    """Fill parameters and optimizer fragments in place, one logical parameter at a time."""
+    """Fill parameters and optimizer fragments in place, one logical parameter at a time.
+
+    A moving average that the checkpoint does not have starts at its weights.
+    """
+    if EMA in engine.kinds and EMA not in reader.kinds and ranks.is_main:
+        logger.info("%s has no moving average of weights: it starts at the weights", reader.folder.name)
     for name, parameter in engine.parameters.items():
         fragment = engine.fragment(name)
-        for kind in KINDS:
+        for kind in engine.kinds:
             if kind != "master" and fragment is None:
                 continue  # only the owner of a fragment needs its moments
-            full = reader.full(name, kind, n_heads)
+            full = reader.full(name, kind if kind in reader.kinds else "master", n_heads)
             part = local_part(full, layout_of(name), n_heads, ranks.tp.size, ranks.tp.rank)
             if kind == "master":
                 parameter.data.copy_(part)

@@ -14,7 +14,7 @@ from modeling.decode import generate
 from modeling.inference import InferenceModel
 from modeling.nesting import parse_layer_widths
 from modeling.sampling import Sampling
-from pretrain.checkpoint_model import load_model
+from pretrain.checkpoint_model import load_language_model
 from pretrain.config import ConfigError
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        model, cfg = load_model(args.checkpoint)
+        model, cfg = load_language_model(args.checkpoint)
         spec = args.tokenizer or cfg.data.tokenizer
         if not spec:
             raise ConfigError("the run's config names no data.tokenizer: pass --tokenizer FILE")

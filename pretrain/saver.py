@@ -5,7 +5,7 @@ waits for. *Write*: a thread writes and syncs the rank's file from that buffer. 
 all ranks have written, rank 0 writes the manifest and renames the folder. One save is in flight at a time; a second one
 waits for it. A rank that dies between the parts leaves a `.writing-` folder that no reader takes for a checkpoint.
 
-Extra host memory: 12 bytes for each parameter of this rank's ZeRO shard, once, whatever the model's size: nothing is
+Extra host memory: 12 bytes for each parameter of this rank's ZeRO shard (16 with a moving average), once, whatever the model's size: nothing is
 gathered, on a GPU or off it.
 """
 
@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from modeling.checkpoint_reader import FORMAT_VERSION, KINDS, CheckpointError, Piece, RunState
-from modeling.language import logical_shapes
+from modeling.checkpoint_reader import FORMAT_VERSION, CheckpointError, Piece, RunState
+from modeling.models import logical_shapes
 from modeling.tensor_parallel import layout_of
 from pretrain import checkpoint, retention
 from pretrain.config import RunConfig
@@ -98,7 +98,7 @@ class Saver:
             return None
         waiting, write, self._write = time.perf_counter(), self._write, None
         entry = self._attempt(write.result)
-        manifest = _manifest(self._cfg, self._ranks, self._state, self._ranks.gather_objects(entry))
+        manifest = _manifest(self._cfg, self._ranks, self._state, self._engine.kinds, self._ranks.gather_objects(entry))
         step, main = self._state.step, self._ranks.is_main
         self._attempt(lambda: checkpoint.commit(self._root, step, manifest) if main else None)
         if main:
@@ -148,7 +148,9 @@ class Saver:
         return found
 
     def _new_buffer(self) -> Tensor:
-        buffer = torch.empty(len(KINDS) * sum(fragment.master.numel() for _, fragment in self._fragments()))
+        buffer = torch.empty(
+            len(self._engine.kinds) * sum(fragment.master.numel() for _, fragment in self._fragments())
+        )
         if self._ranks.device.type == "cuda" and buffer.numel():
             # Page-locked by hand: torch's pinned allocator rounds each block up to a power of two.
             code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel() * 4, 0)
@@ -158,14 +160,14 @@ class Saver:
     def _copy(self) -> dict[Piece, dict[str, Tensor]]:
         """This rank's fragments as they are now, in host memory that training does not touch."""
         if self._buffer is None:
-            self._buffer = torch.empty(len(KINDS) * sum(f.master.numel() for _, f in self._fragments()))
+            self._buffer = torch.empty(len(self._engine.kinds) * sum(f.master.numel() for _, f in self._fragments()))
         pieces: dict[Piece, dict[str, Tensor]] = {}
         used = 0
         for name, fragment in self._fragments():
             numel = fragment.master.numel()
             piece = Piece(name=name, tp_rank=self._ranks.tp.rank, start=fragment.start, numel=numel)
             pieces[piece] = {}
-            for kind in KINDS:
+            for kind in self._engine.kinds:
                 target = self._buffer[used : used + numel]
                 target.copy_(getattr(fragment, kind).detach(), non_blocking=True)
                 pieces[piece][kind] = target
@@ -175,12 +177,15 @@ class Saver:
         return pieces
 
 
-def _manifest(cfg: RunConfig, ranks: Ranks, state: RunState, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(
+    cfg: RunConfig, ranks: Ranks, state: RunState, kinds: tuple[str, ...], entries: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "state": asdict(state),
         "config": config_to_plain(cfg),
         "layout": {"tensor": ranks.tp.size, "data": ranks.dp_size, "zero_stage": cfg.parallel.zero_stage},
+        "kinds": kinds,
         "shapes": logical_shapes(cfg.model),
         "files": entries,
         "git_commit": git_commit(),

@@ -26,11 +26,11 @@ from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.nesting import LayerWidths
 from modeling.search import Point, Search
-from pretrain.checkpoint_model import load_model
+from pretrain.checkpoint_model import load_language_model
 from pretrain.data import Batch, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks
-from pretrain.evaluate import submodel_losses
+from pretrain.language_task import submodel_losses
 
 COSTS = {"parameters": "parameters", "flops": "FLOPs a token", "memory": "bytes", "latency": "seconds a step"}
 """Kinds of cost and their units."""
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.points < 1 or args.trials < 0 or args.batch < 1:
             raise ValueError(f"--points {args.points} --trials {args.trials} --batch {args.batch}: too small")
-        model, cfg = load_model(args.checkpoint)
+        model, cfg = load_language_model(args.checkpoint)
         if len(cfg.model.widths) < 2:
             raise ValueError(f"model.widths={list(cfg.model.widths)}: there is nothing to mix with one trained width")
         data = cfg.data if args.data is None else replace(cfg.data, path=args.data)

@@ -1,6 +1,6 @@
-"""Rows of one split of a token dataset, by number: streaming's StreamingDataset used as a store of shards.
+"""Rows of one split of a dataset, by number: streaming's StreamingDataset used as a store of shards.
 
-StreamingDataset downloads, decompresses and caches; the order of rows is `pretrain.data`'s alone. Three of its habits
+StreamingDataset downloads, decompresses and caches; the order of rows is `pretrain.stream`'s alone. Four of its habits
 need care, and get it here:
 
 - It keeps state in shared memory that outlives a crash and then blocks the next start ("Reused local directory").
@@ -10,10 +10,12 @@ need care, and get it here:
   holds a file lock while the dataset is built.
 - It learns its place from RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE alone, which Slurm does not set. They are
   set while it is built, to what torch.distributed knows.
+- Its shared memory stays until the process ends. It goes with its RowStore.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -23,17 +25,19 @@ import re
 import socket
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.constant import SHM_TO_CLEAN
 from torch import distributed
 
-from data_prep.shard_schema import SHARD_HASH, TOKENS_COLUMN
+from data_prep.shard_schema import SHARD_HASH
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,11 @@ class RowStore:
     `path` is a folder or a remote URI; `cache_dir`, where given, is the local folder into which shards are copied.
     """
 
+    way_out = (
+        "Delete it so that it is fetched again from data.path, or, if data.path itself is damaged, prepare the "
+        "data again; data_prep/verify_shards.py lists every damaged shard"
+    )
+
     def __init__(self, path: str, split: str, *, cache_dir: str = "") -> None:
         self.split = split
         local = cache_dir or path
@@ -59,33 +68,36 @@ class RowStore:
             self._dataset = StreamingDataset(
                 remote=path if cache_dir else None, local=local, split=split, predownload=1
             )
+        weakref.finalize(self, _release, _segments(self._dataset), os.getpid())
         self.rows_per_shard: NDArray[np.int64] = self._dataset.samples_per_shard.copy()
         self._files: list[Any] = [shard.raw_data for shard in self._dataset.shards]  # type: ignore[attr-defined]
-        self._checked: set[int] = set()
+        # Shared with the loader processes that are forked from this one: one of them checks a shard for all. Two that
+        # are both first check it twice.
+        self._checked = torch.zeros(len(self._files), dtype=torch.bool).share_memory_().numpy()
 
     @property
     def n_rows(self) -> int:
         """Rows of the split."""
         return int(self.rows_per_shard.sum())
 
-    def row(self, number: int) -> NDArray[np.unsignedinteger]:
-        """The `row_tokens + 1` ids of row `number`. Raises DatasetError naming the shard where it cannot be read.
+    def sample(self, number: int) -> dict[str, Any]:
+        """Row `number`: its columns by name. Raises DatasetError naming the shard where it cannot be read.
 
-        A shard's checksum is verified when this process first reads from it (64 MB take about 0.05 s).
+        A shard's checksum is verified before the first row is taken from it (64 MB take about 0.05 s).
         """
         shard_number, _ = self._dataset.spanner[number]
         name = self.shard_name(shard_number)
         try:
-            if shard_number not in self._checked:
+            if not self._checked[shard_number]:
                 self._dataset.get_item(number)  # downloads and decompresses where needed
                 self._check_shard(shard_number)
-                self._checked.add(shard_number)
-            ids: NDArray[np.unsignedinteger] = self._dataset.get_item(number)[TOKENS_COLUMN]
+                self._checked[shard_number] = True
+            sample: dict[str, Any] = self._dataset.get_item(number)
         except DatasetError:
             raise
         except Exception as error:  # whatever the library stumbles over, the shard's name is what helps
-            raise DatasetError(f"shard {name}, row {number}: cannot be read ({error!r}). {self._way_out()}") from error
-        return ids
+            raise DatasetError(f"shard {name}, row {number}: cannot be read ({error!r}). {self.way_out}") from error
+        return sample
 
     def shard_name(self, shard_number: int) -> str:
         """The shard's file, as a person looks for it."""
@@ -105,14 +117,29 @@ class RowStore:
         if found != expected:
             raise DatasetError(
                 f"shard {self.shard_name(shard_number)}: checksum {found[:16]}... is not the index's "
-                f"{expected[:16]}..., the file is damaged. {self._way_out()}"
+                f"{expected[:16]}..., the file is damaged. {self.way_out}"
             )
 
-    def _way_out(self) -> str:
-        return (
-            "Delete it so that it is fetched again from data.path, or, if data.path itself is damaged, prepare the "
-            "data again; data_prep/verify_shards.py lists every damaged shard"
-        )
+
+def _segments(dataset: Any) -> list[Any]:
+    """The shared memory that `dataset` created or attached to for itself."""
+    arrays = [dataset._shared_barrier._arr, dataset._shard_states, dataset._shard_access_times]
+    arrays += [scalar.arr for scalar in (dataset._next_epoch, dataset._cache_usage)]
+    return [dataset._locals_shm, *(array.shm for array in arrays)]
+
+
+def _release(segments: list[Any], owner: int) -> None:
+    """Close shared memory; in a process that was forked from its `owner`, leave it alone.
+
+    The library does this only when the process ends, and each new dataset attaches to all that is there: a process that
+    builds sixty one after the other has 20,000 files open.
+    """
+    if os.getpid() != owner:
+        return
+    for segment in segments:
+        atexit.unregister(segment.cleanup)
+        with contextlib.suppress(BufferError):  # a row that is still being read
+            segment.cleanup()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from modeling.flops import language_parameters
+from modeling.flops import submodel_parameters
 from modeling.nesting import uniform, width_name
 from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict
@@ -48,7 +48,7 @@ def collect(folder: Path) -> list[Row]:
             continue
         for heads in cfg.model.widths:
             name = width_name(heads, cfg.model.n_heads)
-            parameters = language_parameters(cfg.model, uniform(heads, cfg.model.n_layers)).total
+            parameters = submodel_parameters(cfg.model, uniform(heads, cfg.model.n_layers)).total
             rows.append(
                 Row(
                     run=run.name,

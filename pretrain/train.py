@@ -6,14 +6,17 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import DistError
 
+from modeling.backbone import Backbone
 from modeling.checkpoint_reader import RunState
-from modeling.language import LanguageModel
+from modeling.models import build_model
 from modeling.nesting import width_name
 from modeling.ops.kernels import why_not
 from modeling.ops.upstream import chunk_scan
@@ -21,14 +24,12 @@ from pretrain import resume, retention
 from pretrain.checkpoint import checkpoint_dir
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
-from pretrain.data import Batch, TokenLoader, validation_batches
-from pretrain.dataset_check import check_dataset
 from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
-from pretrain.evaluate import validation_losses
+from pretrain.hardware import compute_dtype
 from pretrain.heartbeat import Heartbeats
 from pretrain.metrics import MetricsWriter, Record, StepMeter
-from pretrain.objective import add_gradients, draws_per_micro_batch, graphed, step_widths
+from pretrain.objective import add_gradients, graphed, step_widths
 from pretrain.optim import learning_rate
 from pretrain.passes import why_launched
 from pretrain.preflight import preflight
@@ -38,6 +39,8 @@ from pretrain.replicas import check_replicas
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, count, gone_back, why_bad
 from pretrain.stopping import Stop, StopWatch
+from pretrain.task import Loader, Task
+from pretrain.tasks import task_of
 from pretrain.warm_start import warm_start
 from pretrain.watchdog import Watchdog
 
@@ -54,10 +57,11 @@ class Run:
     """Everything a training loop touches; there are no globals."""
 
     cfg: RunConfig
+    task: Task
     ranks: Ranks
     engine: Engine
-    loader: TokenLoader
-    validation: list[Batch]
+    loader: Loader
+    validation: Iterable[Any]
     meter: StepMeter
     writer: MetricsWriter
     progress: TrainingProgress
@@ -69,7 +73,7 @@ class Run:
     """Step of the newest checkpoint that this start has begun to write."""
 
     @property
-    def model(self) -> LanguageModel:
+    def model(self) -> Backbone:
         return self.engine.model
 
     def report(self, kind: str, record: Record) -> None:
@@ -118,7 +122,7 @@ def train(run: Run) -> int:
     return 0
 
 
-def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> float:
+def accumulate_gradients(run: Run, micro_batches: list[Any]) -> float:
     """Forward and backward of the step's widths on every micro-batch; returns the step's loss, the same on all ranks.
 
     `micro_batches` holds, for each micro-batch, one batch that all widths share, or one for each. The loss is the mean
@@ -126,17 +130,16 @@ def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> float:
     """
     cfg = run.cfg
     widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, run.state.step)
-    draws = draws_per_micro_batch(cfg.model, cfg.nesting)
+    draws = cfg.draws_per_micro_batch
     n_micro = len(micro_batches) // draws
     total = torch.zeros((), device=run.ranks.device)
     for m in range(n_micro):
         batches = [batch.to(run.ranks.device) for batch in micro_batches[m * draws : (m + 1) * draws]]
-        n_tokens = batches[0].targets_bt.numel()
         for width, loss in add_gradients(run.engine, batches, widths, cfg, n_micro=n_micro, last=m == n_micro - 1):
             if width.is_mix:
-                run.meter.add_mix(width.layers, n_tokens)
+                run.meter.add_mix(width.layers, cfg.tokens_per_pass)
             else:
-                run.meter.add(width.n_heads, loss.next_token, n_tokens)
+                run.meter.add(width.n_heads, loss.next_token, cfg.tokens_per_pass)
             total += loss.total * (width.weight / n_micro)
     return run.ranks.mean(total)
 
@@ -144,7 +147,7 @@ def accumulate_gradients(run: Run, micro_batches: list[Batch]) -> float:
 def advance(run: Run, loss: float, *, bad: bool) -> RunState:
     """Where the run stands after one more step."""
     sequence = run.loader.state_dict()["sequence"]
-    n_tokens = (sequence - run.state.sequence) * run.cfg.data.seq_len
+    n_tokens = (sequence - run.state.sequence) * run.cfg.tokens_per_sequence
     run.meter.end_step(n_tokens, bad=bad)
     return replace(
         count(run.state, run.cfg.stability, loss, bad=bad),
@@ -205,13 +208,15 @@ def save(run: Run, *, wait: bool) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Validate every trained width and record it."""
+    """Validate every trained width, of the weights' moving average where the run keeps one, and record it."""
     cfg = run.cfg
-    losses = validation_losses(run.model, run.validation, cfg.model.widths, run.ranks)
-    by_name = {width_name(n_heads, cfg.model.n_heads): loss for n_heads, loss in losses.items()}
-    run.report("eval", {"step": run.state.step, "tokens": run.state.tokens, "loss": by_name})
+    submodels = {width_name(n, cfg.model.n_heads): cfg.model.layer_widths(n) for n in cfg.model.widths}
+    with run.engine.averaged():
+        scores = run.task.scores(run.model, run.validation, list(submodels.values()), run.ranks)
+    by_name = {what: dict(zip(submodels, (one[what] for one in scores), strict=True)) for what in scores[0]}
+    run.report("eval", {"step": run.state.step, "tokens": run.state.tokens, **by_name})
     if run.saved_step == run.state.step and run.ranks.is_main:
-        retention.note_losses(checkpoint_dir(cfg.run_dir), run.state.step, by_name)
+        retention.note_losses(checkpoint_dir(cfg.run_dir), run.state.step, by_name["loss"])
 
 
 def main(cfg: RunConfig) -> int:
@@ -219,8 +224,9 @@ def main(cfg: RunConfig) -> int:
     ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
     _set_up_logging(ranks)
     _check_same_config(cfg, ranks)
-    cfg.grad_accum_steps(ranks.world_size)  # raises where tokens_per_step does not divide
-    ranks.attempt(lambda: check_dataset(cfg.data, cfg.model.vocab_size), (ValueError, OSError))
+    cfg.grad_accum_steps(ranks.world_size)  # raises where a step does not divide
+    task = task_of(cfg)
+    ranks.attempt(task.check_data, (ValueError, OSError))
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
     ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
@@ -229,7 +235,7 @@ def main(cfg: RunConfig) -> int:
 
     dtype = compute_dtype(cfg, ranks.device)
     with torch.device("meta"):
-        model = LanguageModel(
+        model = build_model(
             cfg.model,
             tp=ranks.tp,
             dtype=dtype,
@@ -242,23 +248,8 @@ def main(cfg: RunConfig) -> int:
     engine = Engine(model, cfg, ranks)
     state = resume.resume(engine, cfg, ranks) or RunState()
     resume.check_same_run(cfg, state)
-    loader = TokenLoader(
-        cfg.data,
-        split="train",
-        vocab_size=cfg.model.vocab_size,
-        seed=cfg.seed,
-        dp_rank=ranks.dp_rank,
-        dp_size=ranks.dp_size,
-        n_sequences_per_step=cfg.data.sequences_per_step * draws_per_micro_batch(cfg.model, cfg.nesting),
-        start_sequence=state.sequence,
-    )
-    validation = validation_batches(
-        cfg.data,
-        vocab_size=cfg.model.vocab_size,
-        dp_rank=ranks.dp_rank,
-        dp_size=ranks.dp_size,
-        n_sequences=cfg.logging.eval_sequences,
-    )
+    loader = task.loader(ranks, start=state.sequence)
+    validation = task.validation(ranks)
     meter = StepMeter(cfg, ranks)
     launched = why_launched(cfg, ranks.device)
     if launched is None:
@@ -268,6 +259,7 @@ def main(cfg: RunConfig) -> int:
     with TrainingProgress(start_step=state.step, n_steps=cfg.optim.steps, enabled=ranks.is_main) as progress:
         run = Run(
             cfg=cfg,
+            task=task,
             ranks=ranks,
             engine=engine,
             loader=loader,
@@ -308,13 +300,6 @@ def _mixer_path(cfg: RunConfig, device: torch.device) -> str:
         return "mixer: fused Triton kernels"
     scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"
     return f"mixer: {scan} ({why})"
-
-
-def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
-    """The dtype of activations and of the weights' working copies."""
-    if cfg.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if cfg.precision == "bf16" else torch.float32
 
 
 def _check_same_config(cfg: RunConfig, ranks: Ranks) -> None:

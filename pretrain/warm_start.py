@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modeling.backbone import Backbone
 from modeling.checkpoint_reader import CheckpointError, Reader
-from modeling.config import LanguageConfig
-from modeling.language import LanguageModel, logical_shapes
+from modeling.config import BackboneConfig
 from modeling.model_folder import CONFIG_NAME, WEIGHTS_NAME, ModelFolderError, read_config
+from modeling.models import logical_shapes
 from modeling.tensor_parallel import layout_of, local_part
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.checkpoint_model import find_checkpoint
@@ -27,7 +28,7 @@ FREE = ("widths", "chunk_size", "expand")
 """Fields of the model that may differ: they change how it is trained and run, not what its weights mean."""
 
 
-def warm_start(model: LanguageModel, cfg: RunConfig, ranks: Ranks) -> None:
+def warm_start(model: Backbone, cfg: RunConfig, ranks: Ranks) -> None:
     """Fill `model` with what cfg.checkpoint.init_from names, unless the run has checkpoints to resume from.
 
     Call it before the engine takes its master copies. Holds one parameter in memory beside the model. Raises ConfigError
@@ -48,8 +49,10 @@ def warm_start(model: LanguageModel, cfg: RunConfig, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def _fill(model: LanguageModel, source: Path, cfg: LanguageConfig, ranks: Ranks) -> None:
+def _fill(model: Backbone, source: Path, cfg: BackboneConfig, ranks: Ranks) -> None:
     theirs, weights = _open(source)
+    if type(theirs) is not type(cfg):
+        raise ValueError(f"{source} holds a {_kind(theirs)}, the run trains a {_kind(cfg)}: take another source")
     differing = {
         name: (getattr(theirs, name), getattr(cfg, name))
         for name in vars(cfg)
@@ -68,7 +71,11 @@ def _fill(model: LanguageModel, source: Path, cfg: LanguageConfig, ranks: Ranks)
         raise ValueError(f"{source} lacks {', '.join(sorted(parameters.keys() - filled))}: export or import it again")
 
 
-def _open(source: Path) -> tuple[LanguageConfig, Iterator[tuple[str, Tensor]]]:
+def _kind(cfg: BackboneConfig) -> str:
+    return type(cfg).__name__.removesuffix("Config").lower() + " model"
+
+
+def _open(source: Path) -> tuple[BackboneConfig, Iterator[tuple[str, Tensor]]]:
     """The config, and every parameter (float32, CPU) one at a time, of a model folder, a run or a checkpoint."""
     if (source / CONFIG_NAME).exists():
         theirs, held = read_config(source)
@@ -83,7 +90,7 @@ def _open(source: Path) -> tuple[LanguageConfig, Iterator[tuple[str, Tensor]]]:
     return theirs, reader.weights(theirs.n_heads)
 
 
-def _folder_weights(folder: Path, theirs: LanguageConfig) -> Iterator[tuple[str, Tensor]]:
+def _folder_weights(folder: Path, theirs: BackboneConfig) -> Iterator[tuple[str, Tensor]]:
     path = folder / WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as file:

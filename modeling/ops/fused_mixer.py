@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.ops.dropout import Drop
 from modeling.ops.kernels.conv import conv_backward, conv_forward
+from modeling.ops.kernels.dropout import drop_rows
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
@@ -67,6 +69,8 @@ Total = Callable[[Tensor], Tensor]
 Sums = tuple[Tensor | None, ...]
 """A float32 sum for each of MixerWeights that backward adds the weight's gradient to; None: autograd gets it instead."""
 NO_SUMS: Sums = (None,) * len(MixerWeights._fields)
+Dropping = tuple[Drop, Tensor]
+"""What is dropped of the input projection, and the number in the whole model of each of its channels (int32)."""
 
 
 def fused_mixer(
@@ -77,24 +81,26 @@ def fused_mixer(
     seq_idx_bt: Tensor | None = None,
     total: Total | None = None,
     sums: Sums = NO_SUMS,
+    dropping: Dropping | None = None,
 ) -> Tensor:
     """This rank's share of the mixer's output (x's shape and dtype), from a zero state; autograd goes through it.
 
     Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
     every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
     """
-    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums)
+    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums, dropping)
     return out
 
 
 class _FusedMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        weights, (shape, seq_idx, total, sums) = MixerWeights(*args[:13]), args[13:]
+        weights, (shape, seq_idx, total, sums, dropping) = MixerWeights(*args[:13]), args[13:]
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
         projected = F.linear(x, projection)
+        _drop(projected, dropping)
         z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
         mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
@@ -107,7 +113,7 @@ class _FusedMixer(torch.autograd.Function):
         ctx.save_for_backward(
             x, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *kept[shape.recompute]
         )
-        ctx.shape, ctx.total, ctx.sums = shape, total, sums
+        ctx.shape, ctx.total, ctx.sums, ctx.dropping = shape, total, sums, dropping
         return F.linear(normed, out_weight)
 
     @staticmethod
@@ -156,6 +162,7 @@ class _FusedMixer(torch.autograd.Function):
             seq_idx_bt=seq_idx,
         )
         grad_conv, grad_conv_bias = conv_backward(grad_mixed, xbc, _taps(weights), seq_idx, grad_xbc)
+        _drop(grad_projected, ctx.dropping)
         grad_projected_me = grad_projected.flatten(0, 1)
         grad_x = (grad_projected_me @ projection).view_as(x)
         x_md = x.flatten(0, 1)
@@ -177,7 +184,7 @@ class _FusedMixer(torch.autograd.Function):
         ):
             total_of[: len(gradient)] += gradient
         returned = (mine if held is None else None for mine, held in zip(sums, ctx.sums, strict=True))
-        return (grad_x, *returned, *(None,) * 4)
+        return (grad_x, *returned, *(None,) * 5)
 
 
 def _scan(
@@ -189,6 +196,21 @@ def _scan(
     states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     y = scan_outputs(mixed, steps, states, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     return mixed, y, states
+
+
+def _drop(projected: Tensor, dropping: Dropping | None) -> None:
+    """Drop entries of the input projection, or of its gradient, in place."""
+    if dropping is None:
+        return
+    drop, channel_c = dropping
+    drop_rows(
+        projected.flatten(0, 1),
+        drop.key_b,
+        drop.scale_b,
+        channel_c,
+        threshold=drop.threshold,
+        n_tokens=drop.n_tokens,
+    )
 
 
 def _taps(weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:

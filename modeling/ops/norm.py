@@ -1,4 +1,5 @@
-"""RMSNorm, plain and gated. Statistics are float32 whatever the input; the result has the dtype that is asked for.
+"""RMSNorm and LayerNorm of the residual stream, and the gated RMSNorm of a mixer. Statistics are float32 whatever the
+input; the result has the dtype that is asked for.
 
 The gated norm covers all channels of the width in use, which tensor parallelism spreads over ranks: the caller sums
 `square_sum` over them and hands the total to `scale`.
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.ops.dropout import Drop, dropped_float
 from modeling.ops.kernels.residual_norm import residual_norm_backward, residual_norm_forward
 
 
@@ -20,45 +22,77 @@ def rms_norm(x_btd: Tensor, weight_d: Tensor, *, eps: float, dtype: torch.dtype)
     return F.rms_norm(x_btd.float(), weight_d.shape, weight_d.float(), eps).to(dtype)
 
 
-def add_rms_norm(
-    x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x + branch (float32), and its RMSNorm in `dtype`: one pass over memory on a GPU. No branch adds nothing.
+def layer_norm(x_btd: Tensor, weight_d: Tensor, bias_d: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """(x - mean) / deviation * weight + bias over the last dim, computed in float32, returned in `dtype`."""
+    return F.layer_norm(x_btd.float(), weight_d.shape, weight_d.float(), bias_d.float(), eps).to(dtype)
 
-    `x_md` is float32, `branch_md` of any dtype; m counts tokens.
+
+def add_norm(
+    x_md: Tensor,
+    branch_md: Tensor | None,
+    weight_d: Tensor,
+    bias_d: Tensor | None = None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    drop: Drop | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + branch (float32), and its norm in `dtype`: LayerNorm with a bias, RMSNorm without. One pass over memory on a GPU.
+
+    `x_md` is float32, `branch_md` of any dtype, None adds nothing; m counts tokens. `drop` drops entries of the branch.
     """
-    if not x_md.is_cuda:
-        total_md = x_md if branch_md is None else x_md + branch_md
+    if x_md.is_cuda:
+        return add_norm_fused(x_md, branch_md, weight_d, bias_d, eps=eps, dtype=dtype, drop=drop)
+    total_md = x_md if branch_md is None else x_md + (branch_md if drop is None else dropped_float(branch_md, drop))
+    if bias_d is None:
         return total_md, rms_norm(total_md, weight_d, eps=eps, dtype=dtype)
-    return add_rms_norm_fused(x_md, branch_md, weight_d, eps=eps, dtype=dtype)
+    return total_md, layer_norm(total_md, weight_d, bias_d, eps=eps, dtype=dtype)
 
 
-def add_rms_norm_fused(
-    x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
+def add_norm_fused(
+    x_md: Tensor,
+    branch_md: Tensor | None,
+    weight_d: Tensor,
+    bias_d: Tensor | None = None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` by our Triton kernels."""
-    total_md, normed_md = _AddNorm.apply(x_md, branch_md, weight_d, eps, dtype)
+    """`add_norm` by our Triton kernels."""
+    total_md, normed_md = _AddNorm.apply(x_md, branch_md, weight_d, bias_d, eps, dtype, drop)
     return total_md, normed_md
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        drop: Drop | None,
     ) -> tuple[Tensor, Tensor]:
         branch = None if branch is None else branch.contiguous()
-        total, out, scale = residual_norm_forward(x.contiguous(), branch, weight, eps=eps, dtype=dtype)
-        ctx.save_for_backward(out, weight, scale)
-        ctx.branch_dtype = None if branch is None else branch.dtype
+        total, out, mean, scale = residual_norm_forward(
+            x.contiguous(), branch, weight, bias, eps=eps, dtype=dtype, drop=drop
+        )
+        ctx.save_for_backward(out if bias is None else total, weight, mean, scale)
+        ctx.branch_dtype, ctx.drop = None if branch is None else branch.dtype, drop
         ctx.set_materialize_grads(False)
         return (total.view_as(total) if branch is None else total), out
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        out, weight, scale = ctx.saved_tensors
+        kept, weight, mean, scale = ctx.saved_tensors
         grad_total = None if grad_total is None else grad_total.contiguous()
-        grads = residual_norm_backward(grad_out.contiguous(), grad_total, out, weight, scale, ctx.branch_dtype)
-        return (*grads, None, None)
+        grads = residual_norm_backward(
+            grad_out.contiguous(), grad_total, kept, weight, mean, scale, ctx.branch_dtype, ctx.drop
+        )
+        return (*grads, None, None, None)
 
 
 def gate(y_bti: Tensor, z_bti: Tensor) -> Tensor:

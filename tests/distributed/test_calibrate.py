@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.model_folder import load_model as load_folder
+from modeling.model_folder import load_language_model as load_folder
 from modeling.open_model import open_model
 from pretrain import calibrate, train
-from pretrain.checkpoint_model import load_model
+from pretrain.checkpoint_model import load_language_model
 from pretrain.data import validation_batches
 from pretrain.distributed import init_ranks
-from pretrain.evaluate import submodel_losses
+from pretrain.language_task import submodel_losses
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import run_config
 
@@ -31,7 +31,7 @@ def run_dir(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_losses(run_dir: Path, folder: Path) -> tuple[float, float]:
     """Of the mix in place in the run's model, and of the folder's model."""
     ranks = init_ranks(1)
-    whole, cfg = load_model(run_dir)
+    whole, cfg = load_language_model(run_dir)
     batches = validation_batches(cfg.data, vocab_size=64, dp_rank=0, dp_size=1, n_sequences=8)
     return tuple(submodel_losses(model, batches, [MIX], ranks)[0] for model in (whole, load_folder(folder)))  # type: ignore[return-value]
 
@@ -51,7 +51,7 @@ def test_norms_alone_are_fitted_and_the_loss_falls(
 
     fitted = load_folder(tmp_path / "mix")
     assert fitted.held == MIX
-    untouched = calibrate.cut_out(load_model(run_dir)[0], MIX)
+    untouched = calibrate.cut_out(load_language_model(run_dir)[0], MIX)
     moved = {
         name
         for (name, new), old in zip(fitted.named_parameters(), untouched.parameters(), strict=True)

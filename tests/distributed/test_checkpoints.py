@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from modeling.checkpoint_reader import KINDS, CheckpointError, Reader, file_sha256, manifest_sha256
-from pretrain import checkpoint, checkpoint_tool, train
+from pretrain import checkpoint, checkpoint_tool, language_task, train
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import RunConfig
 from pretrain.config_io import config_to_yaml
@@ -83,14 +83,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(dataset: Path, tmp_path:
 
 def train_worse_from_step(cfg: RunConfig, step: int) -> int:
     """Validation is honest up to `step` and a nat worse after it."""
-    validate = train.validation_losses
+    validate = language_task.submodel_losses
 
-    def worse_later(model: Any, batches: Any, widths: Any, ranks: Any) -> dict[int, float]:
+    def worse_later(model: Any, batches: Any, submodels: Any, ranks: Any) -> list[float]:
         steps.append(len(steps) + 1)
-        return {n: loss + (steps[-1] > step + n / 8) for n, loss in validate(model, batches, widths, ranks).items()}
+        losses = validate(model, batches, submodels, ranks)
+        return [loss + (steps[-1] > step + layers[0] / 8) for layers, loss in zip(submodels, losses, strict=True)]
 
     steps: list[int] = []
-    train.validation_losses = worse_later
+    language_task.submodel_losses = worse_later
     return train.main(cfg)
 
 
@@ -275,7 +276,7 @@ def test_the_tool_inspects_verifies_and_consolidates(
     from safetensors.torch import load_file
 
     from modeling.language import LanguageModel
-    from pretrain.checkpoint_model import load_model
+    from pretrain.checkpoint_model import load_language_model
 
     run_dir = one_checkpoint.parent.parent
     assert checkpoint_tool.main(["inspect", str(run_dir)]) == 0
@@ -284,7 +285,7 @@ def test_the_tool_inspects_verifies_and_consolidates(
         assert part in shown
     assert checkpoint_tool.main(["verify", str(run_dir)]) == 0
     assert checkpoint_tool.main(["consolidate", str(run_dir), "-o", str(tmp_path), "--width", "1/4"]) == 0
-    model, cfg = load_model(run_dir)
+    model, cfg = load_language_model(run_dir)
     small = LanguageModel(type(cfg.model)(**{**cfg.model.__dict__, "n_heads": 2, "widths": (2,)}))
     small.load_state_dict(load_file(tmp_path / "width_1of4.safetensors"))
     ids = torch.arange(20).view(1, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +11,18 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling.language import LanguageModel
+from modeling.models import build_model
 from pretrain.collectives import collectives
 from pretrain.config import RunConfig
 from pretrain.data import Batch
 from pretrain.distributed import Ranks, init_ranks
 from pretrain.engine import Engine
+from pretrain.images import ImageBatch
 from pretrain.objective import add_gradients, step_widths
+from pretrain.vision_config import VisionRunConfig
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import small_run
+from tests.distributed.test_vision_train import run_config
 
 OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 Calls = Counter[tuple[str, str, int]]
@@ -43,17 +47,26 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def batch_of(cfg: RunConfig) -> Batch | ImageBatch:
+    if isinstance(cfg, VisionRunConfig):
+        pixels = torch.randint(0, 256, (cfg.data.micro_batch, 3, 16, 16), dtype=torch.uint8)
+        return ImageBatch(
+            pixels, torch.zeros(cfg.data.micro_batch, dtype=torch.int64), torch.arange(cfg.data.micro_batch)
+        )
+    ids = torch.randint(0, 100, (cfg.data.micro_batch, cfg.tokens_per_sequence + 1))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+
+
 def calls_of_a_step(cfg: RunConfig) -> Calls:
     ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
-    model = LanguageModel(cfg.model, tp=ranks.tp, recompute=cfg.parallel.activation_checkpointing)
+    model = build_model(cfg.model, tp=ranks.tp, recompute=cfg.parallel.activation_checkpointing)
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)
     widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, 0)
     accumulation = cfg.grad_accum_steps(ranks.world_size)
     with Recorder(ranks) as recorder:
         for micro in range(accumulation):
-            ids = torch.randint(0, 100, (cfg.data.micro_batch, cfg.data.seq_len + 1))
-            batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+            batch = batch_of(cfg)
             for _ in add_gradients(engine, [batch], widths, cfg, n_micro=accumulation, last=micro == accumulation - 1):
                 pass
         engine.step(1e-3)
@@ -76,7 +89,20 @@ def calls_of_a_step(cfg: RunConfig) -> Calls:
 )
 def test_the_listed_collectives_are_those_that_are_made(world_size: int, parallel: dict[str, Any]) -> None:
     # mix_rate 1: the narrower width runs as a mix in every step, and must cost the same.
-    cfg = small_run(parallel=parallel, nesting={"mix_rate": 1.0})
+    compare(small_run(parallel=parallel, nesting={"mix_rate": 1.0}), world_size)
+
+
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+@pytest.mark.parametrize(
+    "parallel",
+    [{"tensor": 2}, {"tensor": 2, "sequence": True, "activation_checkpointing": "block"}],
+    ids=["tp", "sequence, block"],
+)
+def test_a_classifiers_collectives_are_those_that_are_made(parallel: dict[str, Any], pool: str) -> None:
+    compare(run_config(Path("unused"), Path("unused"), parallel=parallel, model={"pool": pool}), 2)
+
+
+def compare(cfg: RunConfig, world_size: int) -> None:
     listed: Calls = Counter()
     for row in collectives(cfg, world_size, compute_bytes=4):
         listed[row.operation, row.over, row.n_bytes] += row.per_step

@@ -10,8 +10,9 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from modeling.language import LanguageModel, logical_shapes
+from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
+from modeling.models import logical_shapes
 from modeling.tensor_parallel import TensorParallel, layout_of, local_index, local_part
 from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict

@@ -11,7 +11,7 @@ import torch
 from modeling.loss import next_token_loss
 from modeling.search import read_widths
 from pretrain import search, train
-from pretrain.checkpoint_model import load_model
+from pretrain.checkpoint_model import load_language_model
 from pretrain.data import validation_batches
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import run_config
@@ -37,7 +37,7 @@ def test_presets_hold_mixes_and_their_held_out_losses(run_dir: Path, tmp_path: P
     assert png.read_bytes().startswith(b"\x89PNG")
     assert [name for name, point in found.items() if point["trained"]] == ["8h", "4h", "2h"]
     assert sum(not point["trained"] for point in found.values()) == 2
-    model, cfg = load_model(run_dir)
+    model, cfg = load_language_model(run_dir)
     batches = validation_batches(cfg.data, vocab_size=64, dp_rank=0, dp_size=1, n_sequences=8)
     tokens, targets = (torch.cat([getattr(b, name) for b in batches])[1::2] for name in ("tokens_bt", "targets_bt"))
     for name, point in found.items():

@@ -1,8 +1,10 @@
-"""Independent Mamba2 language models: mamba-ssm's reference functions, its Triton modules, and transformers'."""
+"""Independent Mamba2 models: mamba-ssm's reference functions, its Triton modules, and transformers'."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from modeling.config import LanguageConfig
+from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.ops.upstream import allow_import_without_cuda_extension
 
 allow_import_without_cuda_extension()
@@ -32,7 +34,7 @@ def mamba_ssm_ref_logits(state: Mapping[str, Tensor], cfg: LanguageConfig, token
     return F.linear(hidden, state["backbone.embedding.weight"])
 
 
-def _mixer_ref(own: Mapping[str, Tensor], cfg: LanguageConfig, x: Tensor) -> Tensor:
+def _mixer_ref(own: Mapping[str, Tensor], cfg: BackboneConfig, x: Tensor) -> Tensor:
     inner, n, t = cfg.d_inner, cfg.d_state, x.shape[1]
     z, xbc, dt = F.linear(x, own["mixer.in_proj.weight"]).split([inner, inner + 2 * n, cfg.n_heads], dim=-1)
     weight, bias = own["mixer.conv1d.weight"], own["mixer.conv1d.bias"]
@@ -53,6 +55,47 @@ def _mixer_ref(own: Mapping[str, Tensor], cfg: LanguageConfig, x: Tensor) -> Ten
     y = rearrange(y, "b t h p -> b t (h p)")
     y = rms_norm_ref(y, own["mixer.norm.weight"], None, z=z, eps=cfg.norm_eps, norm_before_gate=False)
     return F.linear(y, own["mixer.out_proj.weight"])
+
+
+def matmamba_vision_logits(
+    state: Mapping[str, Tensor], cfg: VisionConfig, images_bchw: Tensor, heads: Sequence[int]
+) -> Tensor:
+    """Logits of the model that a public MatMamba2Vision's state dict describes, with the first `heads` heads of each layer.
+
+    Its arithmetic in plain PyTorch, width by slices of the stacked weights as there, on mamba-ssm's `_ref` functions.
+    """
+    norm = partial(_norm, state, eps=cfg.norm_eps)
+    patches = F.conv2d(
+        images_bchw, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=cfg.patch_size
+    )
+    tokens = patches.flatten(2).mT
+    tokens = torch.cat([tokens, state["cls_token"].expand(len(tokens), -1, -1)], dim=1) + state["pos_embed"]
+    inner, n, p = cfg.d_inner, cfg.d_state, cfg.headdim
+    for layer, h in enumerate(heads):
+        prefix = f"layers.{layer}.mixer."
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        z, x, bc, dt = own["in_proj.weight"].split([inner, inner, 2 * n, cfg.n_heads])
+        small = {
+            "mixer.in_proj.weight": torch.cat([z[: h * p], x[: h * p], bc, dt[:h]]),
+            "mixer.out_proj.weight": own["out_proj.weight"][:, : h * p],
+            "mixer.norm.weight": own["norm.weight"][: h * p],
+        }
+        for name in ("conv1d.weight", "conv1d.bias"):
+            small[f"mixer.{name}"] = torch.cat([own[name][: h * p], own[name][-2 * n :]])
+        for name in ("A_log", "D", "dt_bias"):
+            small[f"mixer.{name}"] = own[name][:h]
+        tokens = tokens + _mixer_ref(small, replace(cfg, n_heads=h, widths=(h,)), norm(f"layers.{layer}.norm", tokens))
+    tokens = norm("norm_f", tokens)
+    pooled = tokens[:, -1] if cfg.pool == "cls" else tokens[:, :-1].mean(1)
+    return F.linear(pooled, state["head.weight"], state["head.bias"])
+
+
+def _norm(state: Mapping[str, Tensor], name: str, x: Tensor, *, eps: float) -> Tensor:
+    weight, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
+    if bias is None:
+        return rms_norm_ref(x, weight, None, eps=eps)
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
 
 
 def mamba_ssm_model(state: Mapping[str, Tensor], cfg: LanguageConfig, device: torch.device) -> MambaLMHeadModel:

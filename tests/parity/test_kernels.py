@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, initial_values
 from modeling.ops import ssd as ssd_module
+from modeling.ops.dropout import Drop, dropped, dropped_float, split_mix, threshold_of
 from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
-from modeling.ops.norm import add_rms_norm_fused, rms_norm
+from modeling.ops.kernels.dropout import drop_rows
+from modeling.ops.norm import add_norm_fused, layer_norm, rms_norm
 from modeling.tensor_parallel import TensorParallel
 
 GPU = torch.cuda.is_available()
@@ -115,13 +117,16 @@ def poison() -> None:
     del held
 
 
-def results(mixer: Mixer, run: str, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None) -> dict[str, Tensor]:
+def results(
+    mixer: Mixer, run: str, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None
+) -> dict[str, Tensor]:
     """Output and gradients of a fixed projection of it, by name."""
     mixer.zero_grad()
     x_btd = x_btd.detach().to(mixer.dtype).requires_grad_()
     poison()
-    args = (x_btd, n_heads, seq_idx_bt)
-    call = {"fused": mixer._fused, "plain": lambda *a: mixer._plain(*a, None)}[run.removeprefix("block ")]
+    args = (x_btd, n_heads, seq_idx_bt, drop)
+    plain = lambda x, n, seq_idx, drop: mixer._plain(x, n, seq_idx, None, drop)  # noqa: E731
+    call = {"fused": mixer._fused, "plain": plain}[run.removeprefix("block ")]
     # "block": the whole mixer recomputed by torch, as with activation_checkpointing=block.
     out_btd = checkpoint(call, *args, use_reentrant=False) if run.startswith("block ") else call(*args)
     weight = torch.randn(out_btd.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -203,30 +208,92 @@ def test_gradients_in_place_are_added_to_what_is_there(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
-@pytest.mark.parametrize(("shape", "branch"), [((2, 5, 48), True), ((1, 3, 300), False), ((3, 7, 1024), True)])
-def test_residual_norm_equals_the_plain_one(shape: tuple[int, ...], branch: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("shape", "branch", "layer", "drop"),
+    [
+        ((2, 5, 48), True, False, False),
+        ((1, 3, 300), False, False, False),
+        ((3, 7, 1024), True, False, True),
+        ((2, 5, 48), True, True, True),
+        ((1, 3, 300), False, True, False),
+        ((3, 7, 1024), True, True, False),
+    ],
+    ids=str,
+)
+def test_residual_norm_equals_the_plain_one(
+    shape: tuple[int, ...], branch: bool, layer: bool, drop: bool, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def randn() -> Tensor:
-        return torch.randn(shape, generator=generator).to(DEVICE)
+        return torch.randn(shape, generator=generator).flatten(0, 1).to(DEVICE)
 
-    x, weight, w_total, w_out = randn(), nn.Parameter(randn()[0, 0]), randn(), randn()
+    x, weight, w_total, w_out = randn() + 0.5, nn.Parameter(randn()[0]), randn(), randn()
+    bias = nn.Parameter(randn()[0]) if layer else None
     added = randn().to(dtype) if branch else None
+    dropping = some_drop(shape[0] + 1, shape[1], 0.3, first_row=shape[1] - 2) if drop else None
 
     def run(fused: bool) -> dict[str, Tensor]:
         leaves = [x.clone().requires_grad_(), None if added is None else added.clone().requires_grad_()]
-        weight.grad = None
+        for parameter in (weight, bias):
+            if parameter is not None:
+                parameter.grad = None
         poison()
         if fused:
-            total, out = add_rms_norm_fused(leaves[0], leaves[1], weight, eps=1e-5, dtype=dtype)
+            total, out = add_norm_fused(leaves[0], leaves[1], weight, bias, eps=1e-5, dtype=dtype, drop=dropping)
         else:
-            total = leaves[0] if leaves[1] is None else leaves[0] + leaves[1].float()
-            out = rms_norm(total, weight, eps=1e-5, dtype=torch.float32)
+            total = leaves[0]
+            if leaves[1] is not None:
+                total = total + (leaves[1].float() if dropping is None else dropped_float(leaves[1], dropping))
+            if bias is None:
+                out = rms_norm(total, weight, eps=1e-5, dtype=torch.float32)
+            else:
+                out = layer_norm(total, weight, bias, eps=1e-5, dtype=torch.float32)
         ((total * w_total).sum() + (out.float() * w_out).sum()).backward()
-        grads = {f"leaf {i}": leaf.grad for i, leaf in enumerate(leaves) if leaf is not None}
-        return {"total": total.detach(), "out": out.detach(), "weight": weight.grad, **grads}  # type: ignore[dict-item]
+        tensors = [*leaves, weight, bias]
+        grads = {f"gradient {i}": leaf.grad for i, leaf in enumerate(tensors) if leaf is not None}
+        return {"total": total.detach(), "out": out.detach(), **grads}  # type: ignore[dict-item]
 
     assert_close(run(fused=True), run(fused=False), dtype)
+
+
+def some_drop(images: int, n_tokens: int, rate: float, first_row: int = 0) -> Drop:
+    """Drops of random keys; the second image is dropped as a whole."""
+    key_b = split_mix(torch.arange(images)).to(DEVICE)
+    scale_b = torch.tensor([1.5, 0.0, 1.25, 2.0])[:images].to(DEVICE)
+    return Drop(key_b, scale_b, threshold_of(rate), n_tokens, first_row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize("rate", [0.1, 0.9])
+def test_dropping_in_place_equals_the_plain_one_in_every_bit(rate: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_mc = torch.randn(3 * 7, 1100, generator=generator).to(DEVICE, dtype)
+    channel_c = torch.randperm(5000, generator=generator)[:1100].int().to(DEVICE)
+    drop = some_drop(3, 7, rate)
+    expected = dropped(x_mc, drop, channel_c)
+    drop_rows(x_mc, drop.key_b, drop.scale_b, channel_c, threshold=drop.threshold, n_tokens=7)
+    assert torch.equal(x_mc, expected)
+    assert 0.9 < (x_mc[:7] == 0).float().mean() / rate < 1.1
+
+
+def test_the_fused_mixer_drops_what_the_plain_one_drops() -> None:
+    case = Case(heads=4, headdim=16, d_state=16, t=19, width=2, ranks=2)
+    x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    n_heads = case.width * case.ranks
+    mixer = mixer_of(case, torch.float32)
+    drop = some_drop(2, case.t, 0.2)._replace(scale_b=torch.tensor([1.25, 1.25]).to(DEVICE))
+    expected = results(mixer, "plain", x_btd, n_heads, None, drop)
+    actual = results(mixer, "fused", x_btd, n_heads, None, drop)
+    assert_close(actual, expected, torch.float32)
+    without = results(mixer, "fused", x_btd, n_heads, None)
+    assert float((without["output"] - expected["output"]).norm()) > 0.1 * float(expected["output"].norm())
+    # Computed again in backward, by torch or by the mixer itself, the very same entries are dropped.
+    by_torch = results(mixer, "block fused", x_btd, n_heads, None, drop)
+    mixer.recompute = "inside"
+    by_itself = results(mixer, "fused", x_btd, n_heads, None, drop)
+    for again in (by_torch, by_itself):
+        assert all(torch.equal(again[name], actual[name]) for name in actual)
 
 
 @pytest.mark.parametrize(("m", "v"), [(3, 5), (4, 4096), (2, 10000)])

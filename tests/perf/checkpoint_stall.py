@@ -27,10 +27,9 @@ from pretrain.config import RunConfig
 from pretrain.config_io import load_config
 from pretrain.distributed import close_ranks, init_ranks
 from pretrain.engine import Engine
-from pretrain.hardware import device_name
+from pretrain.hardware import compute_dtype, device_name
 from pretrain.provenance import git_commit, versions
 from pretrain.saver import Saver
-from pretrain.train import compute_dtype
 
 
 def folder_bytes(folder: Path) -> int:

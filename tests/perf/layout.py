@@ -31,11 +31,10 @@ from pretrain.config import RunConfig
 from pretrain.config_io import load_config
 from pretrain.distributed import Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
-from pretrain.hardware import device_name
+from pretrain.hardware import compute_dtype, device_name
 from pretrain.memory import estimate
 from pretrain.optim import parameter_groups
 from pretrain.provenance import git_commit, versions
-from pretrain.train import compute_dtype
 
 MODES = ("none", "selective", "block")
 GIB = 2**30

@@ -34,12 +34,11 @@ from pretrain.config_io import config_from_dict, config_to_plain, load_config
 from pretrain.data import Batch
 from pretrain.distributed import Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
-from pretrain.hardware import device_name
+from pretrain.hardware import compute_dtype, device_name
 from pretrain.objective import add_gradients, graphed, step_widths
 from pretrain.passes import why_launched
 from pretrain.plan import GPUS, MEASURED_ON, Cluster, predict
 from pretrain.provenance import git_commit, versions
-from pretrain.train import compute_dtype
 
 WARM_UP = 3
 COMPARED = 3

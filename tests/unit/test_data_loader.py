@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from data_prep.shard_schema import Manifest
 from data_prep.shard_writer import ShardLayout, SplitState, SplitWriter, write_atomic, write_index
 from pretrain.config import ConfigError, DataConfig
-from pretrain.data import RowOrder, TokenLoader, _MicroBatches, validation_batches
+from pretrain.data import TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
-from pretrain.shard_store import DatasetError
+from pretrain.shard_store import SHM_DIR, DatasetError, RowStore, _release, _segments
+from pretrain.stream import MicroBatches, RowOrder
 
 VOCAB, EOS, ROW = 300, 0, 16
 FROZEN_EPOCH_0 = [9, 3, 2, 11, 1, 5, 4, 7, 10, 0, 8, 6]
@@ -118,7 +120,7 @@ def test_the_stream_is_the_same_for_every_data_parallel_size(
         seen: list[int] = []
         for dp_rank in range(dp_size):
             sampler = iter(
-                _MicroBatches(start=position, per_step=per_step, dp_rank=dp_rank, dp_size=dp_size, micro_batch=micro)
+                MicroBatches(start=position, per_step=per_step, dp_rank=dp_rank, dp_size=dp_size, micro_batch=micro)
             )
             for _ in range(per_step // (dp_size * micro)):
                 first, n = next(sampler)
@@ -265,3 +267,15 @@ def test_batches_move_whole(dataset: Path) -> None:
     assert {f.name: getattr(moved, f.name).device.type for f in dataclasses.fields(moved)} == dict.fromkeys(
         ("tokens_bt", "targets_bt", "seq_idx_bt"), "meta"
     )
+
+
+def test_shared_memory_goes_with_its_store(dataset: Path) -> None:
+    """Else each new store would attach to all before it: sixty in one process had 20,000 files open."""
+    store = RowStore(str(dataset), "train")
+    segments = [segment.shm.name for segment in _segments(store._dataset)]
+    assert len(segments) == 6
+    assert all((SHM_DIR / name).exists() for name in segments)
+    _release(_segments(store._dataset), os.getpid() + 1)  # as in a loader process, which leaves it alone
+    assert store.sample(0)["tokens"].shape == (ROW + 1,)
+    del store
+    assert not any((SHM_DIR / name).exists() for name in segments)

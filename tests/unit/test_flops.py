@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from modeling import flops
-from modeling.config import LanguageConfig
-from modeling.language import LanguageModel, logical_shapes
+from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
+from modeling.models import build_model, logical_shapes
 from modeling.tensor_parallel import LAYOUTS, TensorParallel
 
 TINY = LanguageConfig(
     n_layers=1, d_model=4, headdim=2, n_heads=4, widths=(4, 2), d_state=3, d_conv=2, chunk_size=8, vocab_size=100
 )
+TINY_VISION = VisionConfig(
+    n_layers=1, d_model=4, headdim=2, n_heads=4, widths=(4, 2), d_state=3, d_conv=2, chunk_size=8, n_classes=7,
+    image_size=4, patch_size=2,
+)  # fmt: skip
+VISION_35M = VisionConfig(n_layers=20, d_model=512, widths=(64, 32, 16, 8), n_classes=1000)
 LM_1B4 = LanguageConfig(n_layers=48, d_model=2048, widths=(64, 32, 16, 8), vocab_size=50257)
 
 
@@ -32,15 +37,28 @@ def test_two_heads_of_the_tiny_model_by_hand() -> None:
     assert flops.local_parameters(TINY, 2) == 384
 
 
-@pytest.mark.parametrize("cfg", [TINY, LM_1B4], ids=["tiny", "1.4B"])
-def test_parameters_are_those_of_the_model(cfg: LanguageConfig) -> None:
+def test_a_tiny_classifier_by_hand() -> None:
+    # Four patches of 2 x 2 x 3 pixels and a class token. Patches 12 x 4 + 4, positions 5 x 4, class token 4, head 7 x 4 + 7;
+    # two norms with bias; the mixer is the one above.
+    assert flops.vision_parameters(TINY_VISION, (2,)) == flops.Parameters(embedding=111, blocks=120 + 2 * 8)
+    # A sequence of 5 tokens is one chunk of 5: C.B^T 2 x 5 x 3, scores.x 2 x 5 x 4, states 48.
+    assert flops.scan_flops(TINY_VISION, 2, 5) == 30 + 40 + 48
+    assert flops.forward_flops_per_image(TINY_VISION, (2,)) == 4 * 2 * 12 * 4 + 5 * (160 + 118) + 2 * 4 * 7
+    # At 8 pixels: 16 patches, 17 tokens, chunks of 8.
+    assert flops.training_flops_per_image(TINY_VISION, (2,), 8) == 3 * (16 * 96 + 17 * (160 + 160) + 56)
+    # tp=2 holds two of four heads (B and C whole, as 30 of 120 show), and all of the rest.
+    assert flops.local_parameters(TINY_VISION, 2) == 111 + 136
+
+
+@pytest.mark.parametrize("cfg", [TINY, LM_1B4, TINY_VISION, VISION_35M], ids=["tiny", "1.4B", "tiny vision", "35M"])
+def test_parameters_are_those_of_the_model(cfg: BackboneConfig) -> None:
     for width in cfg.widths:
         shapes = logical_shapes(replace(cfg, n_heads=width, widths=(width,)))
         total = sum(prod(shape) for shape in shapes.values())
-        assert flops.language_parameters(cfg, cfg.layer_widths(width)).total == total
+        assert flops.submodel_parameters(cfg, cfg.layer_widths(width)).total == total
     for tp in (1, 2):
         with torch.device("meta"):
-            part = LanguageModel(cfg, tp=TensorParallel(size=tp, rank=0))
+            part = build_model(cfg, tp=TensorParallel(size=tp, rank=0))
         assert flops.local_parameters(cfg, tp) == sum(p.numel() for p in part.parameters())
 
 
@@ -52,4 +70,5 @@ def test_an_eighth_of_the_1b4_keeps_a_fifth_of_its_parameters() -> None:
 
 
 def test_every_parameter_has_a_layout() -> None:
-    assert {name.rpartition(".")[2] for name in logical_shapes(TINY)} == set(LAYOUTS)
+    names = [*logical_shapes(TINY), *logical_shapes(TINY_VISION)]
+    assert {name.rpartition(".")[2] for name in names} == set(LAYOUTS)

@@ -1,0 +1,75 @@
+"""Dropout in place, and the hash that decides it, for other kernels too; see modeling/ops/dropout.py for the definition."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+GOLDEN = tl.constexpr(0x9E3779B9)
+SECOND = tl.constexpr(0x85EBCA6B)
+FIRST_ROUND = tl.constexpr(0x21F0AAAD)
+SECOND_ROUND = tl.constexpr(0x735A2D97)
+
+
+@triton.jit
+def _first_round(x):
+    x = (x ^ (x >> 16)) * tl.cast(FIRST_ROUND, tl.uint32)
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _second_round(x):
+    x = x * tl.cast(SECOND_ROUND, tl.uint32)
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def row_words(key_ptr, image, token, live):
+    """The two words of each row (a tensor of tokens) that its entries' bits are made of."""
+    low = tl.load(key_ptr + 2 * image, mask=live, other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(key_ptr + 2 * image + 1, mask=live, other=0).to(tl.uint32, bitcast=True)
+    token = token.to(tl.uint32)
+    row = _second_round(_first_round(low + token * tl.cast(GOLDEN, tl.uint32)))
+    return row, high ^ (token * tl.cast(SECOND, tl.uint32))
+
+
+@triton.jit
+def entry_bits(row, second, channel):
+    """32 random bits (uint32) of each entry; the words and the channels broadcast against each other."""
+    x = row + channel.to(tl.uint32) * tl.cast(GOLDEN, tl.uint32)
+    return _second_round(_first_round(x) + second)
+
+
+@triton.jit
+def _drop_rows(
+    x_ptr, key_ptr, scale_ptr, channel_ptr, n_tokens, width, rows,
+    THRESHOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = row < rows
+    image = row // n_tokens
+    first, second = row_words(key_ptr, image, row % n_tokens, live)
+    scale = tl.load(scale_ptr + image, mask=live, other=0.0)
+    channel = tl.load(channel_ptr + column, mask=column < width, other=0)
+    bits = entry_bits(first[:, None], second[:, None], channel[None, :])
+    mask = live[:, None] & (column < width)[None, :]
+    place = x_ptr + row[:, None] * width + column[None, :]
+    x = tl.load(place, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
+    tl.store(place, tl.where(bits >= THRESHOLD, x, 0.0).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def drop_rows(
+    x_mc: Tensor, key_b: Tensor, scale_b: Tensor, channel_c: Tensor, *, threshold: int, n_tokens: int
+) -> None:
+    """Drop and scale the entries of `x_mc` (contiguous, m from token 0 of image 0 on) in place."""
+    rows, width = x_mc.shape
+    each = 4
+    grid = (triton.cdiv(rows, each), triton.cdiv(width, BLOCK))
+    _drop_rows[grid](
+        x_mc, key_b.view(torch.int32), scale_b, channel_c, n_tokens, width, rows,
+        THRESHOLD=threshold, ROWS=each, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
