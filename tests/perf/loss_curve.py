@@ -68,20 +68,24 @@ def be_plain() -> None:
 
     kernels.usable = lambda *_: False
     kernels.why_not = lambda *_: "taken out by tests.perf.loss_curve"
-    modeling.language.add_rms_norm = add_rms_norm
+    modeling.backbone.add_norm = add_norm
     modeling.loss._cross_entropy_piece = cross_entropy_piece
 
 
-def run(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> Curves:
-    """Train in a process of its own; the losses it recorded."""
+def start(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> subprocess.Popen[bytes]:
+    """A run of the trainer in a process of its own."""
     folder = args.folder / name
     overrides = [*args.overrides, f"run_dir={folder}", f"seed={seed}", f"optim.steps={args.steps}"]
     overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
     overrides += ["cuda_graphs=off"] if plain else []
     worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
     print(f"{name}: {args.steps} steps", flush=True)
-    subprocess.run(worker, check=True)
-    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
+    return subprocess.Popen(worker)
+
+
+def curves_of(args: argparse.Namespace, name: str) -> Curves:
+    """The losses that a run recorded."""
+    records = [r for r in read_metrics(args.folder / name / "metrics.jsonl") if r["kind"] == "train"]
     return {width: [r["loss"][width] for r in records] for width in records[0]["loss"]}
 
 
@@ -119,6 +123,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="the three runs go here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--at-once", action="store_true", help="the three runs side by side, where memory allows")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if args.worker is not None:
@@ -130,11 +135,19 @@ def main() -> None:
     if args.folder is None or args.out is None:
         parser.error("name --folder and --out")
     seed = load_config(args.config, [*args.overrides, "run_dir=unused"]).seed
-    curves = {
-        "kernels": run(args, "kernels", plain=False, seed=seed),
-        "other seed": run(args, "other seed", plain=False, seed=seed + 1),
-        "plain": run(args, "plain", plain=True, seed=seed),
+    asked = {
+        "kernels": {"plain": False, "seed": seed},
+        "other seed": {"plain": False, "seed": seed + 1},
+        "plain": {"plain": True, "seed": seed},
     }
+    running = []
+    for name, how in asked.items():
+        running.append(start(args, name, **how))
+        if not args.at_once:
+            running[-1].wait()
+    if any(process.wait() for process in running):
+        sys.exit("error: a run failed, see above")
+    curves = {name: curves_of(args, name) for name in asked}
     last = max(1, args.steps // 5)
     record: dict[str, Any] = {
         "command": sys.argv,
