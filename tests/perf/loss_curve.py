@@ -36,17 +36,15 @@ Curves = dict[str, list[float]]
 
 def be_plain() -> None:
     """Take our Triton kernels out of the model: the mixer's, the residual norm's and the loss's."""
-    import modeling.language
+    import modeling.backbone
     import modeling.loss
     from modeling.ops import kernels
     from modeling.ops.norm import rms_norm
     from modeling.tensor_parallel import TensorParallel
 
-    def add_rms_norm(
-        x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, *, eps: float, dtype: torch.dtype
-    ) -> Any:
+    def add_norm(x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, bias_d: None, **how: Any) -> Any:
         total_md = x_md if branch_md is None else x_md + branch_md
-        return total_md, rms_norm(total_md, weight_d, eps=eps, dtype=dtype)
+        return total_md, rms_norm(total_md, weight_d, eps=how["eps"], dtype=how["dtype"])
 
     def cross_entropy_piece(
         hidden_md: Tensor,
