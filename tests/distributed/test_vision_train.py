@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.checkpoint_reader import Reader
+from modeling.export import main as export
+from modeling.model_folder import load_model as load_folder
 from modeling.noise import Noise
 from modeling.retrieval import RetrievalScores
 from modeling.vision import VisionModel
@@ -244,6 +246,11 @@ def test_validation_counts_every_image_once_and_is_evaluates(
     said = capfd.readouterr().out
     top1 = recorded["top1"]["1/2"]
     assert f"width 1/2: loss {recorded['loss']['1/2']:.4f}, top1 {top1:.2%}, top5 100.00%" in said
+    assert export([str(tmp_path), "--format", "matmamba", "--width", "1/4", "-o", str(tmp_path / "quarter")]) == 0
+    quarter = load_folder(tmp_path / "quarter")
+    with torch.no_grad():
+        x = normalised(batches[0].images_bchw, torch.float32)
+        assert torch.equal(quarter(x, (2, 2)), model(x, (2, 2))), "the moving average is what is exported"
     assert run_ranks(1, evaluate, [str(tmp_path), "--image-size", "24", "--width", "1,1/4"]) == [0]
     assert run_ranks(1, evaluate, [str(tmp_path), "--image-size", "18"]) == [2]
     assert "multiple of model.patch_size=4" in capfd.readouterr().err
