@@ -18,10 +18,11 @@ from modeling import nesting
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, MixerState, initial_values
 from modeling.noise import NO_DROPS, LayerDrops
+from modeling.ops.fused_mixer import Recompute as MixerRecompute
 from modeling.ops.norm import add_norm
 from modeling.tensor_parallel import Layout, TensorParallel, layout_of, local_part
 
-Recompute = Literal["none", "selective", "block"]
+Recompute = Literal["none", "states", "selective", "block"]
 
 
 class Block(nn.Module):
@@ -38,7 +39,7 @@ class Block(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         *,
-        recompute: bool = False,
+        recompute: MixerRecompute = "none",
         in_place_gradients: bool = False,
     ) -> None:
         super().__init__()
@@ -90,8 +91,9 @@ class Backbone(nn.Module):
         held: nesting.LayerWidths | None = None,
         in_place_gradients: bool = False,
     ) -> None:
-        """`recompute` trades memory of training for time: "selective" keeps the mixers' projections and does what lies
-        between them again in backward, "block" keeps each block's input alone and does the whole block again.
+        """`recompute` trades memory of training for time. Backward does again, with "states", the scan's states, which the
+        fused path alone keeps; with "selective" what lies between the mixers' projections; with "block" the whole block,
+        whose input alone is kept.
 
         `held` makes a model whose layers hold fewer heads than cfg.n_heads, one count each: a mix that was cut out.
 
@@ -107,8 +109,17 @@ class Backbone(nn.Module):
 
     def make_stack(self) -> None:
         """Make the blocks and the final norm."""
-        options = {"recompute": self.recompute == "selective", "in_place_gradients": self.in_place_gradients}
-        blocks = [Block(_holding(self.cfg, n), self.tp, self.dtype, **options) for n in self.held]
+        inside: dict[Recompute, MixerRecompute] = {"states": "states", "selective": "inside"}
+        blocks = [
+            Block(
+                _holding(self.cfg, n),
+                self.tp,
+                self.dtype,
+                recompute=inside.get(self.recompute, "none"),
+                in_place_gradients=self.in_place_gradients,
+            )
+            for n in self.held
+        ]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final_norm = nn.Parameter(torch.empty(self.cfg.d_model, dtype=torch.float32))
         self.final_norm_bias = _bias(self.cfg)

@@ -170,7 +170,11 @@ def _add_tokenizer(folder: Path, tokenizer: Path, cfg: LanguageConfig, target: s
 
 
 def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of transformers' Mamba2ForCausalLM for a model of one width."""
+    """config.json of transformers' Mamba2ForCausalLM for a model of one width.
+
+    `expand` is what says how wide it is. transformers 5 takes whole numbers alone; transformers 4 a fraction too.
+    """
+    whole, rest = divmod(cfg.d_inner, cfg.d_model)
     return {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
@@ -181,7 +185,7 @@ def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
         "state_size": cfg.d_state,
         "num_hidden_layers": cfg.n_layers,
         "layer_norm_epsilon": cfg.norm_eps,
-        "expand": cfg.d_inner / cfg.d_model,
+        "expand": cfg.d_inner / cfg.d_model if rest else whole,
         "conv_kernel": cfg.d_conv,
         "n_groups": 1,
         "chunk_size": cfg.chunk_size,
@@ -292,6 +296,11 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.format == "hf" and widths[0] * cfg.headdim % cfg.d_model:
+        print(
+            f"note: {widths[0]} heads are {widths[0] * cfg.headdim / cfg.d_model:g} times d_model channels: transformers 4 loads "
+            "that, transformers 5 takes whole multiples alone; --format remote_code loads in both"
+        )
     heads = ", ".join(str(n) for n in sorted(set(widths), reverse=True))
     print(f"{args.output}: {args.format}, {heads} of {cfg.n_heads} heads")
     return 0

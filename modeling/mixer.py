@@ -20,7 +20,7 @@ from modeling.config import BackboneConfig
 from modeling.ops import kernels, norm
 from modeling.ops.conv import causal_conv_silu
 from modeling.ops.dropout import Drop, dropped
-from modeling.ops.fused_mixer import NO_SUMS, MixerWeights, Shape, Sums, fused_mixer
+from modeling.ops.fused_mixer import NO_SUMS, MixerWeights, Recompute, Shape, Sums, fused_mixer
 from modeling.ops.ssd import ssd
 from modeling.tensor_parallel import TensorParallel
 
@@ -52,10 +52,11 @@ class Mixer(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         *,
-        recompute: bool = False,
+        recompute: Recompute = "none",
         in_place_gradients: bool = False,
     ) -> None:
-        """With `recompute`, training keeps the projections alone and does what lies between them again in backward.
+        """What training computes again in backward: with `recompute` "inside" all that lies between the projections, with
+        "states" the scan's states, which the fused path alone keeps.
 
         With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see Backbone.
         """
@@ -144,7 +145,7 @@ class Mixer(nn.Module):
         if drop is not None:
             channel_c = self._channels(n_heads, x_btd.device)
             projected = dropped(projected.flatten(0, 1), drop, channel_c).view_as(projected)
-        if self.recompute and state is None and torch.is_grad_enabled():
+        if self.recompute == "inside" and state is None and torch.is_grad_enabled():
             normed_bti = checkpoint(
                 self._inside, projected, n_heads, seq_idx_bt, None, use_reentrant=False, preserve_rng_state=False
             )

@@ -87,13 +87,17 @@ class Engine:
         if self._ema_decay:
             self._ema = {name: part.master.detach().clone() for name, part in self._fragments()}
         self._dp_group = ranks.dp_group
-        self.gradients = GradientBuffer(self.parameters.values()) if cfg.parallel.keeps_gradients else None
+        self.gradients: GradientBuffer | None = None
+        if cfg.parallel.keeps_gradients:
+            for hook in self.optimizer._grad_acc_hooks:  # they shard gradients, which ZeRO 1 does not
+                hook.remove()
+            self.gradients = GradientBuffer(self.parameters.values())
         self.graphs: GraphedPasses | None = None
         """The passes as CUDA graphs, where the run has them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; under ZeRO 2 through DeepSpeed's hooks."""
-        return self.model(*args, **kwargs) if self.gradients is not None else self.engine(*args, **kwargs)
+        """The model's forward; under ZeRO 2 through DeepSpeed's hooks, which also hang on the model itself."""
+        return self.model.forward(*args, **kwargs) if self.gradients is not None else self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`. `last` marks the final backward of the step.

@@ -51,12 +51,16 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     tokens = cfg.tokens_per_pass
     between = tokens // tp if cfg.parallel.sequence else tokens
     layer = _Layer.of(cfg.model, tp, tokens, between)
-    kept = {"none": layer.all, "selective": layer.projections, "block": layer.inputs}[
-        cfg.parallel.activation_checkpointing
-    ]
+    all_of = layer.projections + layer.inside
+    kept, again = {
+        "none": (all_of, 0),
+        "states": (all_of - layer.states, layer.states),
+        "selective": (layer.projections, layer.inside),
+        "block": (layer.inputs, all_of),
+    }[cfg.parallel.activation_checkpointing]
     activations = cfg.model.n_layers * kept + between * cfg.model.d_model * FLOAT
-    again = {"none": 0, "selective": layer.inside, "block": layer.all}[cfg.parallel.activation_checkpointing]
-    in_backward = max(_ends_bytes(cfg, tp), layer.backward + again)
+    weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
+    in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)
     in_update = shard * FLOAT
     return Memory(
         parameters=parameters * FLOAT,
@@ -72,10 +76,17 @@ class _Layer:
     """Bytes of one block at the full width."""
 
     inputs: int
+    """What enters it: the residual stream and the branch to add."""
     projections: int
+    """Input and output of the input projection, and the weights in the compute dtype."""
     inside: int
-    all: int
+    """What lies between the projections."""
+    states: int
+    """The scan's part of that."""
     backward: int
+    """Gradients of activations while it runs backward."""
+    weight_gradients: int
+    """Where they are not added in place."""
 
     @classmethod
     def of(cls, cfg: BackboneConfig, tp: int, tokens: int, between: int) -> _Layer:
@@ -90,14 +101,13 @@ class _Layer:
         inputs = between * d * (FLOAT + BF16)
         normed = tokens * d * BF16
         inside = mixed + 2 * channels + states
-        projections = between * d * FLOAT + normed + projected + steps + weights
-        weight_gradients = (2 * inner + bc + heads + inner) * d * (FLOAT + BF16)
         return cls(
             inputs=inputs,
-            projections=projections,
+            projections=normed + projected + steps + weights,
             inside=inside,
-            all=projections + inside,
-            backward=projected + mixed + 2 * channels + states + weight_gradients + 2 * between * d * FLOAT,
+            states=states,
+            backward=projected + mixed + 2 * channels + states + 2 * between * d * FLOAT,
+            weight_gradients=(2 * inner + bc + heads + inner) * d * FLOAT,
         )
 
 

@@ -11,7 +11,7 @@ Letters: b batch, t time, d model, i inner (the width's channels), h heads, c ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from modeling.ops.kernels.dropout import drop_rows
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
-from modeling.ops.kernels.scan_forward import scan_forward
+from modeling.ops.kernels.scan_forward import scan_outputs, scan_states
 from modeling.ops.kernels.weights import gather_projection
 from modeling.ops.products import add_product, product
 
@@ -46,6 +46,9 @@ class MixerWeights(NamedTuple):
     out: Tensor
 
 
+Recompute = Literal["none", "states", "inside"]
+
+
 class Shape(NamedTuple):
     """Which part of the weights runs, and the norm's constants."""
 
@@ -55,9 +58,10 @@ class Shape(NamedTuple):
     n_channels: int
     """Channels that the gated norm averages over: those of all ranks."""
     eps: float
-    recompute: bool = False
-    """Keep the projection for backward and compute what follows it again, up to the output projection: no matrix product
-    but the scan's is done twice, and the step needs less than half the memory."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of keeping it. states: the scan's states, an eighth of what a mixer keeps and a
+    fiftieth of its time. inside: all that follows the projection, up to the output projection; no matrix product but the
+    scan's is done twice, and the step needs less than half the memory."""
 
 
 Total = Callable[[Tensor], Tensor]
@@ -84,14 +88,14 @@ def fused_mixer(
     Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
     every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
     """
-    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums, dropping, torch.is_grad_enabled())
+    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums, dropping)
     return out
 
 
 class _FusedMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        weights, (shape, seq_idx, total, sums, dropping, grad_enabled) = MixerWeights(*args[:13]), args[13:]
+        weights, (shape, seq_idx, total, sums, dropping) = MixerWeights(*args[:13]), args[13:]
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
@@ -99,15 +103,16 @@ class _FusedMixer(torch.autograd.Function):
         _drop(projected, dropping)
         z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
-        keep_states = grad_enabled and not shape.recompute
-        mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=keep_states)
+        mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
         squares = None if total is None else total(square_sums(y, z))
         normed, squares = gated_norm_forward(
             y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
         )
         out_weight = weights.out[:, :inner].to(x.dtype)
-        inside = (None,) * 4 if shape.recompute else (mixed, y, states, normed)
-        ctx.save_for_backward(x, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *inside)
+        kept = {"none": (mixed, y, normed, states), "states": (mixed, y, normed, None), "inside": (None,) * 4}
+        ctx.save_for_backward(
+            x, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *kept[shape.recompute]
+        )
         ctx.shape, ctx.total, ctx.sums, ctx.dropping = shape, total, sums, dropping
         return F.linear(normed, out_weight)
 
@@ -117,21 +122,20 @@ class _FusedMixer(torch.autograd.Function):
         saved = ctx.saved_tensors
         x, weights = saved[0], MixerWeights(*saved[1:14])
         projection, projected, *steps = saved[14:19]
-        squares, out_weight, seq_idx, *inside = saved[19:]
+        squares, out_weight, seq_idx, mixed, y, normed, states = saved[19:]
         steps = TimeSteps(*steps)
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         parts = [inner, inner + bc, heads]
         z, xbc, _ = projected.split(parts, dim=-1)
-        if shape.recompute:
-            mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx, keep_states=True)
+        if shape.recompute == "inside":
+            mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
             normed, _ = gated_norm_forward(
                 y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
             )
-        else:
-            mixed, y, states, normed = inside
-        assert states is not None
+        elif states is None:
+            states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
         sums = MixerWeights(
             *(torch.zeros_like(w) if held is None else held for w, held in zip(weights, ctx.sums, strict=True))
         )
@@ -180,29 +184,17 @@ class _FusedMixer(torch.autograd.Function):
         ):
             total_of[: len(gradient)] += gradient
         returned = (mine if held is None else None for mine, held in zip(sums, ctx.sums, strict=True))
-        return (grad_x, *returned, *(None,) * 6)
+        return (grad_x, *returned, *(None,) * 5)
 
 
 def _scan(
-    xbc: Tensor,
-    steps: TimeSteps,
-    weights: MixerWeights,
-    shape: Shape,
-    seq_idx: Tensor | None,
-    *,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The convolved channels, the scan's output, and where asked the states before each chunk."""
+    xbc: Tensor, steps: TimeSteps, weights: MixerWeights, shape: Shape, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolved channels, the scan's output, and the states before each chunk."""
     mixed = conv_forward(xbc, _taps(weights), seq_idx)
-    y, states = scan_forward(
-        mixed,
-        steps,
-        weights.D,
-        heads=shape.heads,
-        headdim=shape.headdim,
-        seq_idx_bt=seq_idx,
-        keep_states=keep_states,
-    )
+    heads, headdim = shape.heads, shape.headdim
+    states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
+    y = scan_outputs(mixed, steps, states, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     return mixed, y, states
 
 

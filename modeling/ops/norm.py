@@ -80,17 +80,17 @@ class _AddNorm(torch.autograd.Function):
         total, out, mean, scale = residual_norm_forward(
             x.contiguous(), branch, weight, bias, eps=eps, dtype=dtype, drop=drop
         )
-        ctx.save_for_backward(total, weight, mean, scale)
+        ctx.save_for_backward(out if bias is None else total, weight, mean, scale)
         ctx.branch_dtype, ctx.drop = None if branch is None else branch.dtype, drop
         ctx.set_materialize_grads(False)
         return (total.view_as(total) if branch is None else total), out
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, mean, scale = ctx.saved_tensors
+        kept, weight, mean, scale = ctx.saved_tensors
         grad_total = None if grad_total is None else grad_total.contiguous()
         grads = residual_norm_backward(
-            grad_out.contiguous(), grad_total, total, weight, mean, scale, ctx.branch_dtype, ctx.drop
+            grad_out.contiguous(), grad_total, kept, weight, mean, scale, ctx.branch_dtype, ctx.drop
         )
         return (*grads, None, None, None)
 

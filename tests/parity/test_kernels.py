@@ -173,9 +173,9 @@ def test_recomputing_inside_the_mixer_changes_no_bit(case: Case) -> None:
     seq_idx_bt = documents(2, case.t).to(DEVICE) if case.documents else None
     mixer = mixer_of(case, LOW)
     for run in ("fused", "plain"):
-        mixer.recompute = False
+        mixer.recompute = "none"
         expected = results(mixer, run, x_btd, case.width * case.ranks, seq_idx_bt)
-        for recompute, how in ((True, run), (False, f"block {run}")):
+        for recompute, how in (("inside", run), ("states", run), ("none", f"block {run}")):
             mixer.recompute = recompute
             actual = results(mixer, how, x_btd, case.width * case.ranks, seq_idx_bt)
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
@@ -290,7 +290,7 @@ def test_the_fused_mixer_drops_what_the_plain_one_drops() -> None:
     assert float((without["output"] - expected["output"]).norm()) > 0.1 * float(expected["output"].norm())
     # Computed again in backward, by torch or by the mixer itself, the very same entries are dropped.
     by_torch = results(mixer, "block fused", x_btd, n_heads, None, drop)
-    mixer.recompute = True
+    mixer.recompute = "inside"
     by_itself = results(mixer, "fused", x_btd, n_heads, None, drop)
     for again in (by_torch, by_itself):
         assert all(torch.equal(again[name], actual[name]) for name in actual)

@@ -98,7 +98,7 @@ def test_in_place_equals_cut_out(n_heads: int) -> None:
 
 def test_recomputing_blocks_changes_no_bit_of_a_gradient() -> None:
     kept, again = model_of(), model_of()
-    again.recompute = True
+    again.recompute = "block"
     for n_heads in CFG.widths:
         expected, actual = (gradients_in_place(model, n_heads, some_tokens())[1] for model in (kept, again))
         assert all(torch.equal(actual[name], expected[name]) for name in expected)

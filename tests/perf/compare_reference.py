@@ -27,8 +27,11 @@ import torch.nn.functional as F
 from modeling.config import LanguageConfig
 from modeling.flops import training_flops_per_token
 from modeling.language import LanguageModel
-from modeling.loss import next_token_loss
+from modeling.loss import Loss, next_token_loss
+from modeling.nesting import LayerWidths
 from modeling.ops.upstream import allow_import_without_cuda_extension
+from pretrain.gradients import GradientBuffer
+from pretrain.passes import GraphedPasses, Pass, PassInputs
 from pretrain.provenance import git_commit
 
 VOCAB = 50257
@@ -51,19 +54,35 @@ def config_of(name: str) -> LanguageConfig:
     return LanguageConfig(n_layers=n_layers, d_model=d_model, widths=(64, 32, 16, 8), vocab_size=VOCAB)
 
 
-def ours(name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:
-    """Forward and backward of one width of ours; the argument is the level, 1 for the full width."""
-    cfg = config_of(name)
+def model_of(cfg: LanguageConfig) -> tuple[LanguageModel, Pass]:
+    """A model of ours on the GPU, its gradients in place as in training, and its passes, launched kernel by kernel."""
     with torch.device("meta"):
-        model = LanguageModel(cfg, dtype=torch.bfloat16)
+        model = LanguageModel(cfg, dtype=torch.bfloat16, in_place_gradients=True)
     model = model.to_empty(device="cuda")
     model.init_weights(0)
+    GradientBuffer(model.parameters())
 
-    def run(level: int) -> None:
-        hidden_btd = model(tokens_bt[:, :-1], cfg.layer_widths(cfg.n_heads // level))
-        next_token_loss(model, hidden_btd, tokens_bt[:, 1:]).total.backward()
+    def run(widths: LayerWidths, inputs: PassInputs) -> Loss:
+        loss = next_token_loss(model, model(inputs.tokens_bt, widths), inputs.targets_bt)
+        (loss.total * inputs.scale).backward()
+        return Loss(loss.total.detach(), loss.next_token)
 
-    return run
+    return model, run
+
+
+def ours(name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:
+    """Forward and backward of one width of ours as CUDA graphs; the argument is the level, 1 for the full width."""
+    cfg = config_of(name)
+    _, launched = model_of(cfg)
+    passes = GraphedPasses(launched)
+    inputs = PassInputs(
+        tokens_bt[:, :-1].contiguous(), tokens_bt[:, 1:].contiguous(), None, torch.ones((), device=tokens_bt.device)
+    )
+    return lambda level: void(passes(cfg.layer_widths(cfg.n_heads // level), inputs))
+
+
+def void(_: object) -> None:
+    """Let go of it."""
 
 
 def reference(name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:
@@ -107,6 +126,12 @@ def seconds(call: Callable[[], None], steps: int, warm_up: int = 2) -> float:
     return statistics.median(times)
 
 
+def tokens_of(name: str, sequence: int) -> torch.Tensor:
+    """Random ids of a micro-batch, cut into rows of `sequence` tokens and one more: always as many tokens."""
+    rows = SIZES[name][2] * SEQUENCE // sequence
+    return torch.randint(0, VOCAB, (rows, sequence + 1), generator=torch.Generator().manual_seed(0)).cuda()
+
+
 def measure(build: Builder, name: str, tokens_bt: torch.Tensor, steps: int) -> dict[str, Any]:
     """Seconds of a joint step and of each width's share, the first step's seconds, and peak GiB."""
     result = _measure(build(name, tokens_bt), steps)
@@ -143,7 +168,9 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / seconds(product, 30, 5)
 
 
-def rows_of(name: str, mine: dict[str, Any], theirs: dict[str, Any] | None, rate: float) -> list[dict[str, Any]]:
+def rows_of(
+    name: str, mine: dict[str, Any], theirs: dict[str, Any] | None, rate: float, sequence: int
+) -> list[dict[str, Any]]:
     """The JSON rows of one model: the joint step, then each width."""
     cfg, tokens = config_of(name), SIZES[name][2] * SEQUENCE
     flops = {str(level): training_flops_per_token(cfg, cfg.layer_widths(cfg.n_heads // level)) for level in LEVELS}
@@ -155,6 +182,7 @@ def rows_of(name: str, mine: dict[str, Any], theirs: dict[str, Any] | None, rate
             {
                 "model": name,
                 "width": width if width in ("joint", "1") else f"1/{width}",
+                "sequence": sequence,
                 "reference_tok_s": None if theirs is None else round(tokens / theirs[width]),
                 "ours_tok_s": round(tok_s),
                 "ratio": None if theirs is None else round(theirs[width] / mine[width], 3),
@@ -175,6 +203,9 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="folder with the public matmamba package; without it ours alone")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--longer", type=int, nargs="*", default=[], help="also ours alone at these lengths, equal tokens"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/compare_reference.json"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -187,20 +218,24 @@ def main() -> None:
     print(f"8192-cubed bfloat16 product: {rate / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        ids = torch.randint(0, VOCAB, (SIZES[name][2], SEQUENCE + 1), generator=torch.Generator().manual_seed(0)).cuda()
-        mine = measure(ours, name, ids, args.steps)
-        theirs = measure(reference, name, ids, args.steps) if args.reference is not None else None
-        rows += rows_of(name, mine, theirs, rate)
-        joint = rows[-len(LEVELS) - 1]
-        print(json.dumps(joint), flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
-    print("\n| model | width | reference tok/s | ours tok/s | ratio (goal) | MFU | reference GiB | ours GiB |")
-    print("|---|---|---|---|---|---|---|---|")
+        for sequence in (SEQUENCE, *args.longer):
+            ids = tokens_of(name, sequence)
+            mine = measure(ours, name, ids, args.steps)
+            beside = args.reference is not None and sequence == SEQUENCE
+            theirs = measure(reference, name, ids, args.steps) if beside else None
+            rows += rows_of(name, mine, theirs, rate, sequence)
+            joint = rows[-len(LEVELS) - 1]
+            print(json.dumps(joint), flush=True)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+    print(
+        "\n| model | width | sequence | reference tok/s | ours tok/s | ratio (goal) | MFU | reference GiB | ours GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         goal = f" ({GOALS[row['model']]})" if row["width"] == "joint" else ""
         print(
-            f"| {row['model']} | {row['width']} | {row['reference_tok_s']} | {row['ours_tok_s']} | {row['ratio']}{goal} "
+            f"| {row['model']} | {row['width']} | {row['sequence']} | {row['reference_tok_s']} | {row['ours_tok_s']} | {row['ratio']}{goal} "
             f"| {row['mfu']:.1%} | {row['reference_peak_gib']} | {row['ours_peak_gib']} |"
         )
 

@@ -28,11 +28,10 @@ import matplotlib
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from modeling.language import LanguageModel
-from modeling.loss import next_token_loss
 from modeling.ops.kernels import tiles
+from pretrain.passes import PassInputs
 from pretrain.provenance import git_commit
-from tests.perf.compare_reference import LEVELS, SEQUENCE, SIZES, VOCAB, config_of, matmul_rate, seconds
+from tests.perf.compare_reference import LEVELS, SEQUENCE, SIZES, config_of, matmul_rate, model_of, seconds, tokens_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,19 +40,22 @@ Needs = tuple[float, float]
 """Bytes and FLOPs."""
 
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "scan_forward": [
-        {"HEADS": heads, "num_warps": warps, "num_stages": stages, **limit}
-        for heads, warps, stages, limit in [
-            (1, 4, 2, {}),
-            (1, 4, 3, {}),
-            (1, 4, 2, {"maxnreg": 168}),
-            (1, 8, 2, {}),
-            (1, 8, 2, {"maxnreg": 128}),
-            (2, 4, 2, {}),
-            (2, 4, 3, {}),
-            (2, 8, 2, {}),
+    **{
+        kernel: [
+            {"HEADS": heads, "num_warps": warps, "num_stages": stages, **limit}
+            for heads, warps, stages, limit in [
+                (1, 4, 2, {}),
+                (1, 4, 3, {}),
+                (1, 4, 4, {}),
+                (2, 4, 2, {}),
+                (2, 4, 3, {}),
+                (2, 4, 3, {"maxnreg": 128}),
+                (1, 8, 3, {}),
+                (2, 8, 3, {}),
+            ]
         ]
-    ],
+        for kernel in ("states", "state_gradients")
+    },
     **{
         kernel: [
             {"num_warps": warps, "num_stages": stages, **limit}
@@ -61,14 +63,14 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
                 (4, 2, {}),
                 (4, 3, {}),
                 (4, 4, {}),
-                (4, 3, {"maxnreg": 168}),
+                (4, 2, {"maxnreg": 168}),
                 (4, 3, {"maxnreg": 128}),
-                (4, 4, {"maxnreg": 128}),
+                (4, 2, {"maxnreg": 128}),
                 (8, 3, {}),
                 (8, 3, {"maxnreg": 128}),
             ]
         ]
-        for kernel in ("state_gradients", "inputs_gradients", "group_gradients")
+        for kernel in ("outputs", "inputs_gradients", "c_gradients", "b_gradients")
     },
 }
 
@@ -81,17 +83,18 @@ def needs(name: str, level: int) -> dict[str, Needs]:
     i = h * cfg.headdim
     chunk = tiles.CHUNK
     states = m / chunk * i * n * 2
-    rows, full_rows = 2 * i + 2 * n + h, 2 * cfg.d_inner + 2 * n + cfg.n_heads
+    rows = 2 * i + 2 * n + h
     return {
         "_time_steps": (m * h * 14, 0),
         "_gather_projection": (rows * d * 6, 0),
-        "_scatter_projection": (rows * d * 2 + full_rows * d * 4, 0),
         "_conv_forward": (m * (i + 2 * n) * 4, 0),
         "_conv_backward": (m * (i + 2 * n) * 6, 0),
-        "_scan_forward": (m * (4 * i + 4 * n + 8 * h) + states, m * (4 * i * n + chunk * (i + n))),
-        "_state_gradients": (m * (2 * i + 2 * n + 8 * h) + 2 * states, 4 * m * i * n),
+        "_states": (m * (2 * i + 2 * n + 8 * h) + states, m * 2 * i * n),
+        "_outputs": (m * (4 * i + 4 * n + 8 * h) + states, m * (2 * i * n + chunk * (i + n))),
+        "_state_gradients": (m * (2 * i + 2 * n + 4 * h) + states, m * 2 * i * n),
         "_inputs_gradients": (m * (6 * i + 4 * n + 24 * h) + states, m * (2 * i * n + chunk * (2 * i + n))),
-        "_group_gradients": (m * (4 * i + 8 * n + 8 * h) + 2 * states, m * (4 * i * n + 2 * chunk * n)),
+        "_c_gradients": (m * (2 * i + 6 * n + 8 * h) + 2 * states, m * (4 * i * n + chunk * n)),
+        "_b_gradients": (m * (2 * i + 4 * n + 8 * h) + states, m * (2 * i * n + chunk * n)),
         "_rate_gradients": (m * h * 26, 0),
         "_gated_forward": (m * i * 6, 0),
         "_gated_backward": (m * i * 10, 0),
@@ -110,16 +113,15 @@ OF_THE_HEAD = ("_softmax_statistics", "_softmax_gradient", "products of the head
 def step_of(name: str, layers: int) -> Callable[[], None]:
     """A joint forward and backward pass of the model with `layers` layers."""
     cfg = replace(config_of(name), n_layers=layers)
-    with torch.device("meta"):
-        model = LanguageModel(cfg, dtype=torch.bfloat16)
-    model = model.to_empty(device="cuda")
-    model.init_weights(0)
-    tokens_bt = torch.randint(0, VOCAB, (SIZES[name][2], SEQUENCE + 1), device="cuda")
+    _, launched = model_of(cfg)
+    tokens_bt = tokens_of(name, SEQUENCE)
+    inputs = PassInputs(
+        tokens_bt[:, :-1].contiguous(), tokens_bt[:, 1:].contiguous(), None, torch.ones((), device="cuda")
+    )
 
     def run() -> None:
         for level in LEVELS:
-            hidden_btd = model(tokens_bt[:, :-1], cfg.layer_widths(cfg.n_heads // level))
-            next_token_loss(model, hidden_btd, tokens_bt[:, 1:]).total.backward()
+            launched(cfg.layer_widths(cfg.n_heads // level), inputs)
 
     return run
 
@@ -179,7 +181,7 @@ def _compile(name: str, index: int) -> None:
 def sweep(name: str) -> None:
     """Print each scan kernel's time under each of its candidates, one layer of a joint step, best of three."""
     columns = max(32, tiles.columns_of(config_of(name).headdim))
-    n_candidates = len(CANDIDATES["scan_forward"])
+    n_candidates = len(CANDIDATES["states"])
     workers = [
         multiprocessing.get_context("spawn").Process(target=_compile, args=(name, i)) for i in range(n_candidates)
     ]

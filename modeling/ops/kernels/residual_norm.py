@@ -1,5 +1,9 @@
 """Residual addition and a norm in one pass: x = x + branch, in float32; out = x w / sqrt(mean(x^2) + eps), or the LayerNorm
 (x - mean) w / sqrt(variance + eps) + bias. Of the branch entries may be dropped on the way, which costs no memory traffic.
+
+Backward of the RMSNorm takes x / rms from `out`, which the layer after it keeps anyway, as out / w: half the bytes of x, and
+x itself need not be kept. A weight of exactly zero hides its channel, and gets a gradient of zero. The LayerNorm's bias may
+leave too few digits of x in `out`: it keeps x.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from modeling.ops.kernels.dropout import entry_bits, row_words
 
+SMALLEST = tl.constexpr(1e-30)
 THREADS = 132 * 2048
 """What an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
 BranchDrop = tuple[Tensor, Tensor, int, int, int]
@@ -61,24 +66,26 @@ def _residual_forward(
 
 @triton.jit
 def _residual_backward(
-    grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, mean_ptr, scale_ptr, grad_x_ptr, grad_branch_ptr, grad_weight_ptr,
+    grad_ptr, grad_sum_ptr, kept_ptr, weight_ptr, mean_ptr, scale_ptr, grad_x_ptr, grad_branch_ptr, grad_weight_ptr,
     grad_bias_ptr, rows, width, key_ptr, drop_scale_ptr, n_tokens, first_row,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, ONWARD: tl.constexpr, LAYER: tl.constexpr,
     DROP: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0)
+    inverse = tl.where(tl.abs(weight) < SMALLEST, 0.0, 1.0 / tl.where(tl.abs(weight) < SMALLEST, 1.0, weight))
     grad_weight = tl.zeros([BLOCK], tl.float32)
     grad_bias = tl.zeros([BLOCK], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         place = row[:, None] * width + column[None, :]
-        scaled = tl.load(x_ptr + place, mask=mask, other=0.0)
-        if LAYER:
-            scaled = tl.where(mask, scaled - tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None], 0.0)
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
-        scaled = scaled * scale
+        scaled = tl.load(kept_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if LAYER:
+            scaled = tl.where(mask, scaled - tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None], 0.0) * scale
+        else:
+            scaled *= inverse[None, :]
         grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
         grad_weight += tl.sum(grad * scaled, axis=0)
         if LAYER:
@@ -145,7 +152,7 @@ def residual_norm_forward(
 def residual_norm_backward(
     grad_md: Tensor,
     grad_sum_md: Tensor | None,
-    x_md: Tensor,
+    kept_md: Tensor,
     weight_d: Tensor,
     mean_m: Tensor | None,
     scale_m: Tensor,
@@ -155,19 +162,22 @@ def residual_norm_backward(
     """Gradients of x (float32), of the branch (its dtype; None without one), of the weight and of the bias (float32; None
     without one, where `mean_m` is None).
 
-    `x_md` is the sum that was normed, `grad_sum_md` its gradient from later blocks, float32.
+    `kept_md` is forward's normed output, or for a LayerNorm its x; `grad_sum_md` the gradient of that x from later blocks,
+    float32.
     """
-    d = x_md.shape[-1]
-    n_tokens = x_md.numel() // d
-    grad_x = torch.empty_like(x_md)
-    grad_branch = None if branch_dtype is None else torch.empty(x_md.shape, dtype=branch_dtype, device=x_md.device)
+    d = kept_md.shape[-1]
+    n_tokens = kept_md.numel() // d
+    grad_x = torch.empty(kept_md.shape, dtype=torch.float32, device=kept_md.device)
+    grad_branch = (
+        None if branch_dtype is None else torch.empty(kept_md.shape, dtype=branch_dtype, device=kept_md.device)
+    )
     blocks, shape = _shape(n_tokens, d)
     programs = min(blocks, THREADS // (32 * shape["num_warps"]))
-    grad_weight = torch.empty(programs, d, dtype=torch.float32, device=x_md.device)
+    grad_weight = torch.empty(programs, d, dtype=torch.float32, device=kept_md.device)
     grad_bias = None if mean_m is None else torch.empty_like(grad_weight)
     pointers, flags = _drop_arguments(drop)
     _residual_backward[(programs,)](
-        grad_md, grad_sum_md, x_md, weight_d, mean_m, scale_m, grad_x, grad_branch, grad_weight, grad_bias,
+        grad_md, grad_sum_md, kept_md, weight_d, mean_m, scale_m, grad_x, grad_branch, grad_weight, grad_bias,
         n_tokens, d, *pointers,
         **shape, BRANCH=branch_dtype is not None, ONWARD=grad_sum_md is not None, LAYER=mean_m is not None, **flags,
     )  # fmt: skip

@@ -1,13 +1,13 @@
-"""The scan's backward pass, in four kernels. Notation as in scan_forward: S is the state before a chunk, dS the loss's
+"""The scan's backward pass, in five kernels. Notation as in scan_forward: S is the state before a chunk, dS the loss's
 gradient by the state after it; M = (C B^T) L with L_ls = delta_s e^(a_l - a_s), for s <= l, so that y = M x + ...
 
-1. `_state_gradients` walks one sequence's chunks backwards for one head, dS in registers:
+1. `_state_gradients` walks one sequence's chunks backwards for a tile of heads, dS in registers:
        dS <- e^(a_end) dS + sum over l of e^(a_l) C_l dy_l^T.
 2. `_inputs_gradients` has a program a chunk and loops over heads, so that d(C B^T) is summed in registers:
        dM = dy x^T      d(C B^T) = sum over heads of dM L      dx = M^T dy + delta e^(a_end - a) B dS + D dy.
-3. `_group_gradients`: B and C feed every head, so theirs is one long product over all channels:
+3. `_c_gradients` and 4. `_b_gradients`: B and C feed every head, so theirs is one long product over all channels:
        dC = (e^a dy) S^T + d(C B^T) B      dB = (e^(a_end - a) delta x) dS^T + d(C B^T)^T C.
-4. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
+5. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
        da = rowsum(dM M) - colsum(dM M) + e^a dy . C S - delta e^(a_end - a) x . B dS, and at the end e^(a_end) S . dS.
    In the running sum that follows, the row and column sums of the pairs inside it must cancel. colsum(dM M) is taken as
    x . M^T dy, a sum over channels, not over a column that lies in all warps; both come from one M, as rounded for the
@@ -24,93 +24,72 @@ import triton.language as tl
 from torch import Tensor
 
 from modeling.ops.kernels.fast_math import exp, rounded
-from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, reach
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, launch_of
+from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of
 
-PROGRAMS_WANTED = 132 * 12
-"""Several waves of an H200's 132 multiprocessors; where there are fewer chunks, heads are shared out over programs."""
+
+@triton.jit
+def _previous_gradient(dy_tiles, grad_state_tiles, decays, b, c, head, H, n_chunks, padded, C, dS, from_before, keep,
+                       N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Store one head's dS of chunk `c`; returns that of the chunk before. The pointer is to the sequence's first head."""
+    dy = dy_tiles.load([b, c * CHUNK, head, 0]).reshape(CHUNK, COLUMNS)
+    steps = head * padded + c * CHUNK
+    a = tl.load(decays + steps + tl.arange(0, CHUNK))
+    end = tl.load(decays + steps + CHUNK - 1)
+    grad_state_tiles.store([((b * n_chunks + c) * H + head) * N, 0], dS.to(dy.dtype))
+    dy_into = (dy.to(tl.float32) * (tl.exp2(a) * from_before)[:, None]).to(dy.dtype)
+    return tl.dot(tl.trans(C), dy_into, dS * (tl.exp2(end) * keep), input_precision="ieee")
 
 
 @triton.jit
 def _state_gradients(
-    mixed_ptr, decay_ptr, grad_y_ptr, states_ptr, seq_ptr, grad_states_ptr, reached_ptr, decayed_ptr, T, H, n_chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
+    group_tiles, dy_tiles, grad_state_tiles, decay_ptr, seq_ptr, T, H, n_chunks,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    l = tl.arange(0, CHUNK)
-    n = tl.arange(0, N)
-    p = tl.arange(0, COLUMNS)
-    live = p < HEADDIM
-    inner = H * HEADDIM
-    row_width = inner + 2 * N
-    at_state = n[:, None] * HEADDIM + p[None, :]
-    state_mask = (n >= 0)[:, None] & live[None, :]
-    at_C = l[:, None] * row_width + n[None, :]
-    at_y = l[:, None] * inner + p[None, :]
-    steps = (b * H + h) * (n_chunks * CHUNK)
-    grad_state = tl.zeros([N, COLUMNS], tl.float32)
+    head = tl.program_id(0) * HEADS
+    b = tl.program_id(1)
+    padded = n_chunks * CHUNK
+    decays = decay_ptr + b.to(tl.int64) * H * padded
+    dS = tl.zeros([N, COLUMNS], tl.float32)
+    other = dS
+    second = tl.minimum(head + 1, H - 1)  # of an odd number the last head is walked twice, to the same gradients
     for i in range(n_chunks):
         c = n_chunks - 1 - i
-        first = b * T + c * CHUNK
-        inside = l < T - c * CHUNK
-        kept = ((b * n_chunks + c) * H + h) * (N * HEADDIM)
-        S = tl.load(states_ptr + kept + at_state, mask=state_mask, other=0.0)
-        C = tl.load(mixed_ptr + first * row_width + inner + N + at_C, mask=inside[:, None], other=0.0)
-        dy = tl.load(grad_y_ptr + first * inner + h * HEADDIM + at_y, mask=inside[:, None] & live[None, :], other=0.0)
-        a = tl.load(decay_ptr + steps + c * CHUNK + l)
-        end = tl.load(decay_ptr + steps + c * CHUNK + CHUNK - 1)
-        doc, from_before, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
-        low = grad_state.to(grad_states_ptr.dtype.element_ty)
-        tl.store(grad_states_ptr + kept + at_state, low, mask=state_mask)
-        shrink = tl.exp2(end) * keep
-        dy_into = dy.to(tl.float32) * (tl.exp2(a) * from_before)[:, None]
-        carried = tl.dot(C, S, input_precision="ieee")
-        tl.store(reached_ptr + steps + c * CHUNK + l, tl.sum(carried * dy_into, axis=1))
-        decayed = tl.sum(S.to(tl.float32) * grad_state) * shrink
-        tl.store(decayed_ptr + (b * n_chunks + c) * H + h, decayed)
-        grad_state = tl.dot(tl.trans(C), dy_into.to(dy.dtype), grad_state * shrink, input_precision="ieee")
+        C = group_tiles.load([b, c * CHUNK, N]).reshape(CHUNK, N)
+        _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+        dS = _previous_gradient(
+            dy_tiles, grad_state_tiles, decays, b, c, head, H, n_chunks, padded, C, dS, from_before, keep,
+            N, CHUNK, COLUMNS,
+        )  # fmt: skip
+        if HEADS == 2:
+            other = _previous_gradient(
+                dy_tiles, grad_state_tiles, decays, b, c, second, H, n_chunks, padded, C, other, from_before, keep,
+                N, CHUNK, COLUMNS,
+            )  # fmt: skip
 
 
 @triton.jit
 def _inputs_gradients(
-    mixed_ptr, decay_ptr, source_ptr, D_ptr, grad_y_ptr, grad_states_ptr, seq_ptr,
-    grad_mixed_ptr, grad_scores_ptr, by_target_ptr, by_source_ptr, sent_ptr, skipped_ptr,
-    T, H, n_chunks, heads_each,
-    N: tl.constexpr, CHUNK: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
+    x_tiles, group_tiles, dy_tiles, grad_state_tiles, grad_x_tiles, decay_ptr, source_ptr, D_ptr, seq_ptr,
+    grad_scores_ptr, by_target_ptr, by_source_ptr, sent_ptr, skipped_ptr, T, H, n_chunks, heads_each,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     c = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    b = tl.program_id(2)
     l = tl.arange(0, CHUNK)
-    n = tl.arange(0, N)
-    p = tl.arange(0, COLUMNS)
-    live = p < HEADDIM
-    inner = H * HEADDIM
-    row_width = inner + 2 * N
-    inside = l < T - c * CHUNK
-    mask = inside[:, None] & live[None, :]
-    first = b * T + c * CHUNK
-    mixed_ptr += first * row_width
-    grad_mixed_ptr += first * row_width
-    grad_y_ptr += first * inner
-    grad_states_ptr += (b * n_chunks + c) * H * (N * HEADDIM)
-    at_x = l[:, None] * row_width + p[None, :]
-    at_y = l[:, None] * inner + p[None, :]
-    at_state = n[:, None] * HEADDIM + p[None, :]
-    at_B = mixed_ptr + inner + l[:, None] * row_width + n[None, :]
-    B = tl.load(at_B, mask=inside[:, None], other=0.0)
-    C = tl.load(at_B + N, mask=inside[:, None], other=0.0)
-    doc, from_before, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+    t = c * CHUNK
+    B = group_tiles.load([b, t, 0]).reshape(CHUNK, N)
+    C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
+    doc, _, to_end, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
     visible = (l[:, None] >= l[None, :]) & (doc[:, None] == doc[None, :])
     scores = tl.where(visible, tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
     grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     for h in range(part * heads_each, tl.minimum((part + 1) * heads_each, H)):
-        steps = (b * H + h) * (n_chunks * CHUNK) + c * CHUNK
-        state_mask = (n >= 0)[:, None] & live[None, :]
-        dS = tl.load(grad_states_ptr + h * (N * HEADDIM) + at_state, mask=state_mask, other=0.0)
-        dy = tl.load(grad_y_ptr + h * HEADDIM + at_y, mask=mask, other=0.0)
-        x = tl.load(mixed_ptr + h * HEADDIM + at_x, mask=mask, other=0.0)
+        steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
+        dS = grad_state_tiles.load([((b * n_chunks + c) * H + h) * N, 0])
+        dy = dy_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
+        x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
         decay = tl.load(decay_ptr + steps + l)
         source = tl.load(source_ptr + steps + l)
         end = tl.load(decay_ptr + steps + CHUNK - 1)
@@ -128,66 +107,77 @@ def _inputs_gradients(
         grad_x = tl.dot(tl.trans(M.to(dy.dtype)), dy, grad_x, input_precision="ieee")
         tl.store(by_source_ptr + steps + l, tl.sum(grad_x * x32, axis=1))
         grad_x += tl.load(D_ptr + h) * dy32
-        tl.store(grad_mixed_ptr + h * HEADDIM + at_x, grad_x.to(grad_mixed_ptr.dtype.element_ty), mask=mask)
-    out = grad_scores_ptr + ((b * n_chunks + c) * tl.num_programs(0) + part) * (CHUNK * CHUNK)
+        grad_x_tiles.store([b, t, h, 0], grad_x.to(dy.dtype).reshape(1, CHUNK, 1, COLUMNS))
+    out = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * tl.num_programs(0) + part) * (CHUNK * CHUNK)
     tl.store(out + l[:, None] * CHUNK + l[None, :], tl.where(visible, grad_scores, 0.0))
 
 
 @triton.jit
-def _group_gradients(
-    mixed_ptr, decay_ptr, source_ptr, grad_y_ptr, states_ptr, grad_states_ptr, seq_ptr, grad_scores_ptr, parts,
-    grad_mixed_ptr, T, H, n_chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
-    FOR_C: tl.constexpr,
+def _score_gradients(grad_scores_ptr, b, c, n_chunks, parts, CHUNK: tl.constexpr):
+    """d(C B^T) of a chunk: the sum of what each part of the heads left."""
+    l = tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for part in range(parts):
+        at = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * parts + part) * (CHUNK * CHUNK)
+        total += tl.load(at + l[:, None] * CHUNK + l[None, :])
+    return total
+
+
+@triton.jit
+def _c_gradients(
+    group_tiles, dy_tiles, state_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, seq_ptr, grad_scores_ptr, parts,
+    reached_ptr, decayed_ptr, T, H, n_chunks,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1)
     l = tl.arange(0, CHUNK)
-    n = tl.arange(0, N)
-    p = tl.arange(0, COLUMNS)
-    live = p < HEADDIM
-    inner = H * HEADDIM
-    row_width = inner + 2 * N
-    inside = l < T - c * CHUNK
-    mask = inside[:, None] & live[None, :]
-    first = b * T + c * CHUNK
-    mixed_ptr += first * row_width
-    grad_mixed_ptr += first * row_width
-    grad_y_ptr += first * inner
-    # A state as rows of p and columns of n.
-    at_state = (b * n_chunks + c) * H * (N * HEADDIM)
-    states_ptr += at_state
-    grad_states_ptr += at_state
-    at_state = n[None, :] * HEADDIM + p[:, None]
-    state_mask = live[:, None] & (n >= 0)[None, :]
-    at_x = l[:, None] * row_width + p[None, :]
-    at_y = l[:, None] * inner + p[None, :]
-    doc, from_before, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+    t = c * CHUNK
+    C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
+    _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
     total = tl.zeros([CHUNK, N], tl.float32)
     for h in range(H):
-        steps = (b * H + h) * (n_chunks * CHUNK) + c * CHUNK
-        if FOR_C:
-            state = tl.load(states_ptr + h * (N * HEADDIM) + at_state, mask=state_mask, other=0.0)
-            rows = tl.load(grad_y_ptr + h * HEADDIM + at_y, mask=mask, other=0.0)
-            weight = tl.exp2(tl.load(decay_ptr + steps + l)) * from_before
-        else:
-            state = tl.load(grad_states_ptr + h * (N * HEADDIM) + at_state, mask=state_mask, other=0.0)
-            rows = tl.load(mixed_ptr + h * HEADDIM + at_x, mask=mask, other=0.0)
-            weight = tl.exp2(tl.load(decay_ptr + steps + CHUNK - 1) - tl.load(source_ptr + steps + l)) * to_end
-        total = tl.dot((rows.to(tl.float32) * weight[:, None]).to(rows.dtype), state, total, input_precision="ieee")
-    grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for part in range(parts):
-        at = grad_scores_ptr + ((b * n_chunks + c) * parts + part) * (CHUNK * CHUNK)
-        grad_scores += tl.load(at + l[:, None] * CHUNK + l[None, :])
-    at_B = inner + l[:, None] * row_width + n[None, :]
-    if FOR_C:
-        B = tl.load(mixed_ptr + at_B, mask=inside[:, None], other=0.0)
-        total = tl.dot(grad_scores.to(B.dtype), B, total, input_precision="ieee")
-        at_B += N
-    else:
-        C = tl.load(mixed_ptr + at_B + N, mask=inside[:, None], other=0.0)
-        total = tl.dot(tl.trans(grad_scores.to(C.dtype)), C, total, input_precision="ieee")
-    tl.store(grad_mixed_ptr + at_B, total.to(grad_mixed_ptr.dtype.element_ty), mask=inside[:, None])
+        steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
+        row = (b * n_chunks + c) * H + h
+        S = state_tiles.load([row * N, 0])
+        dS = grad_state_tiles.load([row * N, 0])
+        dy = dy_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
+        into = tl.exp2(tl.load(decay_ptr + steps + l)) * from_before
+        end = tl.load(decay_ptr + steps + CHUNK - 1)
+        dy_into = dy.to(tl.float32) * into[:, None]
+        carried = tl.dot(C, S, input_precision="ieee")
+        tl.store(reached_ptr + steps + l, tl.sum(carried * dy_into, axis=1))
+        decayed = tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+        tl.store(decayed_ptr + row, decayed * tl.exp2(end) * keep)
+        total = tl.dot(dy_into.to(dy.dtype), tl.trans(S), total, input_precision="ieee")
+    grad_scores = _score_gradients(grad_scores_ptr, b, c, n_chunks, parts, CHUNK)
+    B = group_tiles.load([b, t, 0]).reshape(CHUNK, N)
+    total = tl.dot(grad_scores.to(B.dtype), B, total, input_precision="ieee")
+    grad_group_tiles.store([b, t, N], total.to(B.dtype).reshape(1, CHUNK, N))
+
+
+@triton.jit
+def _b_gradients(
+    group_tiles, x_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, source_ptr, seq_ptr, grad_scores_ptr, parts,
+    T, H, n_chunks,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    b = tl.program_id(1)
+    l = tl.arange(0, CHUNK)
+    t = c * CHUNK
+    _, _, to_end, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+    total = tl.zeros([CHUNK, N], tl.float32)
+    for h in range(H):
+        steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
+        dS = grad_state_tiles.load([((b * n_chunks + c) * H + h) * N, 0])
+        x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
+        sent = tl.exp2(tl.load(decay_ptr + steps + CHUNK - 1) - tl.load(source_ptr + steps + l)) * to_end
+        total = tl.dot((x.to(tl.float32) * sent[:, None]).to(x.dtype), tl.trans(dS), total, input_precision="ieee")
+    grad_scores = _score_gradients(grad_scores_ptr, b, c, n_chunks, parts, CHUNK)
+    C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
+    total = tl.dot(tl.trans(grad_scores.to(C.dtype)), C, total, input_precision="ieee")
+    grad_group_tiles.store([b, t, 0], total.to(C.dtype).reshape(1, CHUNK, N))
 
 
 @triton.jit
@@ -246,34 +236,36 @@ def scan_backward(
     dt's gradient is written into `grad_dt_bth`, which may be a slice of wider rows. `grad_y_bti` is contiguous.
     """
     b, t, width = mixed_btc.shape
-    h = heads
+    h, n_chunks, columns, dtype = heads, chunks_of(t), columns_of(headdim), mixed_btc.dtype
     n = (width - h * headdim) // 2
-    columns, n_chunks = columns_of(headdim), chunks_of(t)
-    shape = {"N": n, "CHUNK": CHUNK, "HEADDIM": headdim, "COLUMNS": columns, "DOCS": seq_idx_bt is not None}
-    grad_states = torch.empty_like(states)
+    shape = {"N": n, "CHUNK": CHUNK, "COLUMNS": columns, "DOCS": seq_idx_bt is not None}
+    grad_states, grad_mixed = torch.empty_like(states), torch.empty_like(mixed_btc)
+    x, group, dy = head_tiles(mixed_btc, h, headdim), group_tiles(mixed_btc, n), head_tiles(grad_y_bti, h, headdim)
+    S, dS, grad_group = state_tiles(states), state_tiles(grad_states), group_tiles(grad_mixed, n)
     by_target, by_source, sent, reached, skipped = torch.empty(
         5, *steps.delta.shape, dtype=torch.float32, device=mixed_btc.device
     ).unbind()
     decayed = torch.empty(b, n_chunks, h, dtype=torch.float32, device=mixed_btc.device)
-    _state_gradients[(h, b)](
-        mixed_btc, steps.decay, grad_y_bti, states, seq_idx_bt, grad_states, reached, decayed, t, h, n_chunks,
-        **shape, **launch_of("state_gradients", columns, mixed_btc.dtype),
-    )  # fmt: skip
-    grad_mixed = torch.empty_like(mixed_btc)
-    heads_each = triton.cdiv(h, max(1, min(h, PROGRAMS_WANTED // (n_chunks * b))))
-    parts = triton.cdiv(h, heads_each)
+    launch = launch_of("state_gradients", columns, dtype)
+    _state_gradients[(triton.cdiv(h, launch["HEADS"]), b)](
+        group, dy, dS, steps.decay, seq_idx_bt, t, h, n_chunks, **shape, **launch
+    )
+    each = heads_each(h, n_chunks * b)
+    parts = triton.cdiv(h, each)
     grad_scores = torch.empty(b, n_chunks, parts, CHUNK, CHUNK, dtype=torch.float32, device=mixed_btc.device)
     _inputs_gradients[(parts, n_chunks, b)](
-        mixed_btc, steps.decay, steps.source, D_h, grad_y_bti, grad_states, seq_idx_bt,
-        grad_mixed, grad_scores, by_target, by_source, sent, skipped, t, h, n_chunks, heads_each,
-        **shape, **launch_of("inputs_gradients", columns, mixed_btc.dtype),
+        x, group, dy, dS, head_tiles(grad_mixed, h, headdim), steps.decay, steps.source, D_h, seq_idx_bt,
+        grad_scores, by_target, by_source, sent, skipped, t, h, n_chunks, each,
+        **shape, **launch_of("inputs_gradients", columns, dtype),
     )  # fmt: skip
-    for for_c in (True, False):
-        _group_gradients[(n_chunks, b)](
-            mixed_btc, steps.decay, steps.source, grad_y_bti, states, grad_states, seq_idx_bt, grad_scores, parts,
-            grad_mixed, t, h, n_chunks, **shape, FOR_C=for_c,
-            **launch_of("group_gradients", columns, mixed_btc.dtype),
-        )  # fmt: skip
+    _c_gradients[(n_chunks, b)](
+        group, dy, S, dS, grad_group, steps.decay, seq_idx_bt, grad_scores, parts, reached, decayed, t, h, n_chunks,
+        **shape, **launch_of("c_gradients", columns, dtype),
+    )  # fmt: skip
+    _b_gradients[(n_chunks, b)](
+        group, x, dS, grad_group, steps.decay, steps.source, seq_idx_bt, grad_scores, parts, t, h, n_chunks,
+        **shape, **launch_of("b_gradients", columns, dtype),
+    )  # fmt: skip
     sums = torch.empty(b, n_chunks, 3, h, dtype=torch.float32, device=mixed_btc.device)
     _rate_gradients[(n_chunks, triton.cdiv(h, 16), b)](
         steps.delta, A_log_h, by_target, by_source, sent, reached, decayed, skipped,

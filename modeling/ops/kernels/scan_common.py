@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from modeling.ops.kernels.fast_math import LOG2_E, exp
-from modeling.ops.kernels.tiles import CHUNK, chunks_of
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of
 
 HEADS_AT_ONCE = 16
 SMALLEST = tl.constexpr(2.0**-126)
@@ -85,6 +86,26 @@ def chunk_documents(seq_ptr, b, c, T, CHUNK: tl.constexpr, DOCS: tl.constexpr):
         to_end = from_before
         keep = 1.0
     return doc, from_before, to_end, keep
+
+
+def head_tiles(x_btc: Tensor, heads: int, headdim: int) -> TensorDescriptor:
+    """The first heads * headdim channels of `x_btc` as b t h p; a tile is a chunk of one head. What lies beyond a head's
+    channels or the sequence's end is read as zero and never written, so kernels need no masks."""
+    b, t, _ = x_btc.shape
+    strides = [x_btc.stride(0), x_btc.stride(1), headdim, 1]
+    return TensorDescriptor(x_btc, [b, t, heads, headdim], strides, [1, CHUNK, 1, columns_of(headdim)])
+
+
+def group_tiles(mixed_btc: Tensor, n: int) -> TensorDescriptor:
+    """B and C, the last 2 n channels of `mixed_btc`, as b t 2n; a tile is a chunk of one of them."""
+    group = mixed_btc[..., -2 * n :]
+    return TensorDescriptor(group, list(group.shape), list(group.stride()), [1, CHUNK, n])
+
+
+def state_tiles(states: Tensor) -> TensorDescriptor:
+    """States of shape b, chunk, h, n, p as rows of p; a tile is one head's."""
+    rows = states.flatten(0, 3)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [states.shape[3], columns_of(states.shape[4])])
 
 
 def time_steps(dt_bth: Tensor, dt_bias_h: Tensor, A_log_h: Tensor) -> TimeSteps:

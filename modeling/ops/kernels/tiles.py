@@ -13,6 +13,8 @@ CHUNK = 64
 """Steps that one tile of the scan covers. Element-wise work a step grows with it, state traffic falls with it; 64 is
 what the matrix units take in one instruction."""
 MAX_HEADDIM = 64
+HEADDIM_STEP = 8
+"""Hopper's copy engine wants heads to start at multiples of 16 bytes."""
 STATES = (16, 32, 64, 128)
 
 
@@ -22,25 +24,33 @@ def columns_of(headdim: int) -> int:
 
 
 LAUNCH: dict[str, dict[int, dict[str, int]]] = {
-    "scan_forward": {
+    "states": {
         32: {"HEADS": 2, "num_warps": 4, "num_stages": 2},
-        64: {"HEADS": 1, "num_warps": 4, "num_stages": 2},
+        64: {"HEADS": 1, "num_warps": 4, "num_stages": 3},
     },
-    "state_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
-    "inputs_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
-    "group_gradients": {
-        32: {"num_warps": 4, "num_stages": 3, "maxnreg": 128},
-        64: {"num_warps": 8, "num_stages": 3},
+    "outputs": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}},
+    "state_gradients": {
+        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2},
+        64: {"HEADS": 1, "num_warps": 4, "num_stages": 3},
     },
+    "inputs_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}},
+    "c_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
+    "b_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
 }
-"""How each kernel is launched, by the width of its tile; HEADS are those that one program of the scan walks side by side.
-Fixed, so that no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H200
-(`python -m tests.perf.kernels --sweep`). Never one stage in bfloat16: Triton 3.6 then reads shared memory out of bounds
-at headdim 24 (found by compute-sanitizer)."""
+"""How each kernel is launched, by the width of its tile; HEADS are those that one program walks side by side. Fixed, so that
+no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100
+(`python -m tests.perf.kernels --sweep`)."""
+PROGRAMS_WANTED = 132 * 16
+"""Several waves of an H200's 132 multiprocessors; where there are fewer chunks, heads are shared out over programs."""
+
+
+def heads_each(heads: int, chunks: int) -> int:
+    """How many heads a program takes where each of `chunks` (of all sequences) has programs of its own."""
+    return triton.cdiv(heads, max(1, min(heads, triton.cdiv(PROGRAMS_WANTED, chunks))))
 
 
 def launch_of(kernel: str, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """What to launch with; float32 tiles are twice as large and leave no room for a second stage or a second head."""
+    """What to launch with; float32 tiles are twice as large and leave no room for more stages or a second head."""
     chosen = LAUNCH[kernel][max(32, columns)]
     if dtype != torch.float32:
         return chosen
@@ -51,6 +61,8 @@ def refusal(headdim: int, d_state: int, d_conv: int) -> str | None:
     """Why the kernels cannot run this mixer, or None where they can."""
     if headdim > MAX_HEADDIM:
         return f"headdim {headdim} is over {MAX_HEADDIM}"
+    if headdim % HEADDIM_STEP:
+        return f"headdim {headdim} is not a multiple of {HEADDIM_STEP}"
     if d_state not in STATES:
         return f"d_state {d_state} is not one of {', '.join(map(str, STATES))}"
     if d_conv != 4:

@@ -1,0 +1,127 @@
+"""Passes as CUDA graphs, and gradients that are added in place, against plain autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modeling.config import LanguageConfig
+from modeling.language import LanguageModel
+from modeling.loss import Loss, next_token_loss
+from modeling.nesting import LayerWidths
+from pretrain.config import ConfigError
+from pretrain.config_io import config_from_dict
+from pretrain.gradients import GradientBuffer
+from pretrain.passes import GraphedPasses, Pass, PassInputs, why_launched
+
+GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not GPU, reason="waits for a CUDA GPU")
+CFG = LanguageConfig(n_layers=3, d_model=192, headdim=24, widths=(16, 8, 4, 2), d_state=128, vocab_size=1000)
+
+
+def model_and_pass(*, in_place: bool) -> tuple[LanguageModel, Pass]:
+    model = LanguageModel(CFG, dtype=torch.bfloat16 if GPU else torch.float32, in_place_gradients=in_place)
+    model.init_weights(0)
+    model.to("cuda" if GPU else "cpu")
+    if in_place:
+        GradientBuffer(model.parameters())
+
+    def run(widths: LayerWidths, inputs: PassInputs) -> Loss:
+        hidden_btd = model(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
+        loss = next_token_loss(model, hidden_btd, inputs.targets_bt)
+        (loss.total * inputs.scale).backward()
+        return Loss(loss.total.detach(), loss.next_token)
+
+    return model, run
+
+
+def inputs_of(seed: int, *, documents: bool) -> PassInputs:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, CFG.vocab_size, (3, 131), generator=generator)
+    seq_idx = (torch.arange(130) >= 40 + seed).int().expand(3, -1).contiguous() if documents else None
+    scale = torch.tensor(0.25 + seed)
+    device = "cuda" if GPU else "cpu"
+    moved = [
+        None if x is None else x.to(device) for x in (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), seq_idx, scale)
+    ]
+    return PassInputs(*moved)  # type: ignore[arg-type]
+
+
+def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_in_place_are_those_of_autograd() -> None:
+    found = {}
+    for in_place in (False, True):
+        model, run = model_and_pass(in_place=in_place)
+        for seed, n_heads in enumerate(CFG.widths):
+            run(CFG.layer_widths(n_heads), inputs_of(seed, documents=seed == 2))
+        found[in_place] = gradients(model)
+    for name, expected in found[False].items():
+        # The same products; in place they are added to the sum before it is rounded to float32, and not after.
+        error = (found[True][name] - expected).norm() / expected.norm()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("documents", [False, True])
+def test_replayed_passes_are_the_launched_ones_bit_for_bit(documents: bool) -> None:
+    (launched_model, launched), (replayed_model, run) = model_and_pass(in_place=True), model_and_pass(in_place=True)
+    replayed = GraphedPasses(run)
+    mix = (16, 4, 8)
+    for seed in range(4):  # launched, captured, replayed, replayed
+        for widths in (*map(CFG.layer_widths, CFG.widths), mix):
+            inputs = inputs_of(seed, documents=documents)
+            expected, found = launched(widths, inputs), replayed(widths, inputs)
+            assert torch.equal(expected.total, found.total), (seed, widths)
+            assert torch.equal(expected.next_token, found.next_token), (seed, widths)
+        for name, gradient in gradients(launched_model).items():
+            assert torch.equal(gradient, gradients(replayed_model)[name]), (seed, name)
+
+
+RAW = {
+    "run_dir": "runs/test",
+    "model": {"n_layers": 2, "d_model": 32, "headdim": 4, "widths": [16, 8], "vocab_size": 64},
+    "data": {"path": "shards", "seq_len": 32, "tokens_per_step": 256},
+    "optim": {"lr": 1e-3, "steps": 50, "warmup_steps": 5},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "why"),
+    [
+        ("", {}, None),
+        ("", {"cuda_graphs": "off"}, "cuda_graphs=off"),
+        ("parallel", {"zero_stage": 2}, "ZeRO 2"),
+        ("parallel", {"tensor": 2}, "collectives"),
+        ("nesting", {"distill_weight": 0.5}, "teacher"),
+        ("nesting", {"mix_rate": 0.5}, "mixes"),
+    ],
+)
+def test_what_cannot_be_captured_is_launched_and_says_why(
+    section: str, values: dict[str, object], why: str | None
+) -> None:
+    cfg = config_from_dict({**RAW, **({section: values} if section else values)})
+    said = why_launched(cfg, torch.device("cuda"))
+    assert (said is None) if why is None else (said is not None and why in said)
+    assert why_launched(cfg, torch.device("cpu")) == "no GPU"
+
+
+def test_another_word_for_graphs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cuda_graphs"):
+        config_from_dict({**RAW, "cuda_graphs": "on"})
+
+
+def test_a_gradient_buffer_takes_its_place_again() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(70))]
+    buffer = GradientBuffer(parameters)
+    held = [p.grad for p in parameters]
+    assert all(grad is not None and grad.data_ptr() % 256 == held[0].data_ptr() % 256 for grad in held)  # type: ignore[union-attr]
+    for p in parameters:
+        p.grad.fill_(3.0)  # type: ignore[union-attr]
+        p.grad = None
+    buffer.clear()
+    assert all(p.grad is h for p, h in zip(parameters, held, strict=True))
+    assert all(not p.grad.any() for p in parameters)  # type: ignore[union-attr]

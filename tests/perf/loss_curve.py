@@ -1,0 +1,169 @@
+"""The training loss of our kernels beside the plain path's, and beside another seed's, on one GPU.
+
+    python -m tests.perf.loss_curve configs/lm_130m.yaml data.path=SHARDS data.tokens_per_step=8192 data.micro_batch=8 \\
+        --steps 500 --folder /tmp/curves --out docs/benchmarks/loss_curve.json --plot docs/images/loss_curve.png
+
+Three runs of the trainer: our kernels, the plain path (mamba-ssm's scan, everything else plain PyTorch, launched kernel by
+kernel) with the same seed, and our kernels with another seed. The kernels round elsewhere than the plain path does, so the
+curves drift apart as any two roundings do; they must stay much closer than two seeds. The record has every step's losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.config_io import load_config
+from pretrain.metrics import read_metrics
+from pretrain.provenance import git_commit, versions
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Curves = dict[str, list[float]]
+"""A loss for each step, by width."""
+
+
+def be_plain() -> None:
+    """Take our Triton kernels out of the model: the mixer's, the residual norm's and the loss's."""
+    import modeling.backbone
+    import modeling.loss
+    from modeling.ops import kernels
+    from modeling.ops.norm import rms_norm
+    from modeling.tensor_parallel import TensorParallel
+
+    def add_norm(x_md: Tensor, branch_md: Tensor | None, weight_d: Tensor, bias_d: None, **how: Any) -> Any:
+        total_md = x_md if branch_md is None else x_md + branch_md
+        return total_md, rms_norm(total_md, weight_d, eps=how["eps"], dtype=how["dtype"])
+
+    def cross_entropy_piece(
+        hidden_md: Tensor,
+        head_vd: Tensor,
+        local_targets_m: Tensor,
+        n_tokens: int,
+        tp: TensorParallel,
+        grad_hidden_md: Tensor | None,
+        grad_head_vd: Tensor | None,
+    ) -> Tensor:
+        with torch.enable_grad():
+            hidden, head = hidden_md.detach().requires_grad_(), head_vd.detach().requires_grad_()
+            loss = F.cross_entropy(F.linear(hidden, head).float(), local_targets_m, reduction="sum") / n_tokens
+            if grad_hidden_md is not None and grad_head_vd is not None:
+                grad_hidden, grad_head = torch.autograd.grad(loss, (hidden, head))
+                grad_hidden_md.copy_(grad_hidden)
+                grad_head_vd += grad_head
+        return loss.detach()
+
+    kernels.usable = lambda *_: False
+    kernels.why_not = lambda *_: "taken out by tests.perf.loss_curve"
+    modeling.backbone.add_norm = add_norm
+    modeling.loss._cross_entropy_piece = cross_entropy_piece
+
+
+def start(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> subprocess.Popen[bytes]:
+    """A run of the trainer in a process of its own."""
+    folder = args.folder / name
+    overrides = [*args.overrides, f"run_dir={folder}", f"seed={seed}", f"optim.steps={args.steps}"]
+    overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
+    overrides += ["cuda_graphs=off"] if plain else []
+    worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
+    print(f"{name}: {args.steps} steps", flush=True)
+    return subprocess.Popen(worker)
+
+
+def curves_of(args: argparse.Namespace, name: str) -> Curves:
+    """The losses that a run recorded."""
+    records = [r for r in read_metrics(args.folder / name / "metrics.jsonl") if r["kind"] == "train"]
+    return {width: [r["loss"][width] for r in records] for width in records[0]["loss"]}
+
+
+def difference(a: Curves, b: Curves, *, last: int) -> dict[str, float]:
+    """Mean absolute difference over the last steps, by width."""
+    return {
+        width: statistics.mean(abs(x - y) for x, y in zip(a[width][-last:], b[width][-last:], strict=True))
+        for width in a
+    }
+
+
+def draw(curves: dict[str, Curves], picture: Path) -> None:
+    """All curves, and below them what two seeds and two paths differ by."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, constrained_layout=True)
+    widths = list(curves["kernels"])
+    for name, style in (("kernels", "-"), ("plain", ":"), ("other seed", "--")):
+        for i, width in enumerate(widths):
+            top.plot(curves[name][width], style, color=f"C{i}", linewidth=1, label=f"{name}, width {width}")
+    for i, width in enumerate(widths):
+        for name, style in (("plain", "-"), ("other seed", ":")):
+            gap = [abs(a - b) + 1e-7 for a, b in zip(curves["kernels"][width], curves[name][width], strict=True)]
+            bottom.plot(gap, style, color=f"C{i}", linewidth=0.7, label=f"kernels and {name}, width {width}")
+    top.set(ylabel="training loss, nats a token")
+    bottom.set(ylabel="difference, nats a token", xlabel="step", yscale="log")
+    top.legend(fontsize=6, ncols=3)
+    bottom.legend(fontsize=6, ncols=2)
+    figure.savefig(picture, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--folder", type=Path, help="the three runs go here")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--at-once", action="store_true", help="the three runs side by side, where memory allows")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    if args.worker is not None:
+        if args.worker:
+            be_plain()
+        from pretrain.train import main as train
+
+        sys.exit(train(load_config(args.config, args.overrides)))
+    if args.folder is None or args.out is None:
+        parser.error("name --folder and --out")
+    seed = load_config(args.config, [*args.overrides, "run_dir=unused"]).seed
+    asked = {
+        "kernels": {"plain": False, "seed": seed},
+        "other seed": {"plain": False, "seed": seed + 1},
+        "plain": {"plain": True, "seed": seed},
+    }
+    running = []
+    for name, how in asked.items():
+        running.append(start(args, name, **how))
+        if not args.at_once:
+            running[-1].wait()
+    if any(process.wait() for process in running):
+        sys.exit("error: a run failed, see above")
+    curves = {name: curves_of(args, name) for name in asked}
+    last = max(1, args.steps // 5)
+    record: dict[str, Any] = {
+        "command": sys.argv,
+        "commit": git_commit(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "mean_difference_over_last_steps": {
+            "steps": last,
+            "kernels and plain": difference(curves["kernels"], curves["plain"], last=last),
+            "kernels and other seed": difference(curves["kernels"], curves["other seed"], last=last),
+        },
+        "curves": curves,
+    }
+    print(json.dumps(record["mean_difference_over_last_steps"], indent=1))
+    args.out.write_text(json.dumps(record) + "\n")
+    if args.plot is not None:
+        draw(curves, args.plot)
+
+
+if __name__ == "__main__":
+    main()
