@@ -5,10 +5,8 @@ In a module of its own so that a spawned worker imports this and not the command
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
-import signal
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus_io import Chunk, Filters, documents, sha256_of
+from data_prep.prep_job import follow_parent
 from data_prep.shard_schema import token_dtype
 from data_prep.tokenizers_io import TextTokenizer, open_tokenizer
 
@@ -153,11 +152,7 @@ _encoder: Encoder | None = None
 
 def _start_worker(settings: EncodeSettings, parent: int) -> None:
     global _encoder  # noqa: PLW0603 - the one place where a pool's worker can keep its tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)  # a killed parent must not leave workers behind
-    if os.getppid() != parent:
-        os._exit(1)
+    follow_parent(parent)
     _encoder = Encoder(settings)
 
 

@@ -9,10 +9,8 @@ manifest. What a crash leaves beyond the journal is written again, identically.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +22,15 @@ import numpy as np
 
 from data_prep.corpus_io import Chunk, Source, chunks
 from data_prep.encode_worker import EncodedChunk, EncodeSettings, encode_in_order
+from data_prep.prep_job import (
+    PROGRESS_FOLDER,
+    OutputError,
+    already_finished,
+    check_settings,
+    git_commit,
+    locked,
+    remove_progress,
+)
 from data_prep.progress import Progress
 from data_prep.shard_schema import MANIFEST_NAME, SPLITS, Manifest, read_manifest
 from data_prep.shard_writer import (
@@ -36,12 +43,6 @@ from data_prep.shard_writer import (
     write_index,
 )
 from data_prep.tokenizers_io import TextTokenizer, open_tokenizer
-
-PROGRESS_FOLDER = ".progress"
-
-
-class OutputError(ValueError):
-    """The output folder cannot be used as asked; the message says why and what to do."""
 
 
 @dataclass
@@ -106,17 +107,17 @@ class Preparation:
         fingerprint = self._fingerprint(tokenizer, mine)
         if (self.output / MANIFEST_NAME).is_file():
             made_with = read_manifest(self.output).extra["parts"].get(self.part, {}).get("settings")
-            _check_settings(self.output, made_with, fingerprint)
-            return _already_finished(self.output)
+            check_settings(self.output, made_with, fingerprint)
+            return already_finished(self.output)
         self.output.mkdir(parents=True, exist_ok=True)
         print(f"{tokenizer.name}: encoding with {tokenizer.encoder}; {self.n_workers} workers", file=sys.stderr)
-        with _locked(self.output, self.part):
+        with locked(self.output, self.part):
             return self._run(self._layout(tokenizer), mine, fingerprint)
 
     def _run(self, layout: ShardLayout, mine: list[Source], fingerprint: dict[str, Any]) -> int:
         journal = _read_journal(self.output, self.part) or Journal(settings=fingerprint)
-        _check_settings(self.output, journal.settings, fingerprint)
-        commit = _git_commit()
+        check_settings(self.output, journal.settings, fingerprint)
+        commit = git_commit()
         if journal.done:
             print(f"{self.output}: {self.part} is finished: nothing to do")
         else:
@@ -165,7 +166,10 @@ class Preparation:
         ]
         budget = self._token_budget()
         n_shards = _n_shards(writers)
-        with Progress(mine, journal.source, _n_tokens(writers), self.n_workers) as progress:
+        before = list(itertools.accumulate((source.n_bytes for source in mine), initial=0))
+        with Progress(
+            "tokens", total=before[-1], done=before[journal.source], n_made=_n_tokens(writers), n_workers=self.n_workers
+        ) as progress:
             todo = self._chunks(mine, journal)
             encoded = encode_in_order(todo, self.settings, self.n_workers)
             with contextlib.closing(encoded):
@@ -178,7 +182,8 @@ class Preparation:
                     record["n_documents"] += len(piece_lengths)
                     record["n_tokens"] += int(piece_lengths.sum())
                     record["sha256"] = piece.source_sha256 or record["sha256"]
-                    progress.update(piece, _n_tokens(writers), skipped)
+                    done = before[piece.chunk.source] + piece.chunk.fraction * mine[piece.chunk.source].n_bytes
+                    progress.update(done, n_made=_n_tokens(writers), n_skipped=skipped.total())
                     journal.source, journal.chunk = piece.chunk.source, piece.chunk.number + 1
                     if full:
                         break
@@ -267,19 +272,6 @@ def _n_shards(writers: dict[str, SplitWriter]) -> int:
     return sum(len(writer.state.shards) for writer in writers.values())
 
 
-@contextlib.contextmanager
-def _locked(output: Path, part: str) -> Iterator[None]:
-    """Refuse to run where another process writes the same part."""
-    folder = output / PROGRESS_FOLDER
-    folder.mkdir(exist_ok=True)
-    with open(folder / f"{part}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{output}: another process is writing {part}; wait for it, or end it") from None
-        yield
-
-
 def _read_journal(output: Path, part: str) -> Journal | None:
     path = output / PROGRESS_FOLDER / f"{part}.json"
     try:
@@ -290,17 +282,6 @@ def _read_journal(output: Path, part: str) -> Journal | None:
         raise OutputError(f"{path} is damaged ({error}): remove {output} and start again") from None
 
 
-def _check_settings(output: Path, made_with: dict[str, Any] | None, asked: dict[str, Any]) -> None:
-    if made_with is None:
-        raise OutputError(f"{output} was made by a different number of jobs: name another --output")
-    changed = [key for key in asked if made_with.get(key) != asked[key]]
-    if changed:
-        differences = "; ".join(f"{key}: {made_with.get(key)!r} there, {asked[key]!r} asked" for key in changed)
-        raise OutputError(
-            f"{output} was begun with other settings ({differences[:500]}): ask for the same, or name another --output"
-        )
-
-
 def merge_parts(output: Path) -> int:
     """Join the finished parts in `output` into a dataset: indexes, then the manifest. Returns the exit status.
 
@@ -308,7 +289,7 @@ def merge_parts(output: Path) -> int:
     """
     if (output / MANIFEST_NAME).is_file():
         read_manifest(output)
-        return _already_finished(output)
+        return already_finished(output)
     names = sorted(path.stem for path in (output / PROGRESS_FOLDER).glob("part-*.json"))
     if not names:
         raise OutputError(f"{output} holds no prepared part: run without --merge first")
@@ -333,25 +314,12 @@ def merge_parts(output: Path) -> int:
         write_index(output / split, shards)
     manifest = _manifest(finished)
     write_atomic(output / MANIFEST_NAME, manifest.text().encode())
-    _remove_progress(output)
+    remove_progress(output)
     counts = ", ".join(f"{split} {manifest.n_tokens[split]:,} tokens" for split in SPLITS)
     print(f"{output}: {counts}; skipped {manifest.extra['skipped'] or 'none'}")
     if not manifest.n_tokens["val"]:
         print("the val split is empty: raise --val-fraction to validate on this dataset")
     return 0
-
-
-def _already_finished(output: Path) -> int:
-    _remove_progress(output)  # a crash may have come between the manifest and this
-    print(f"{output} is finished: nothing to do")
-    return 0
-
-
-def _remove_progress(output: Path) -> None:
-    for path in (output / PROGRESS_FOLDER).glob("*"):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        (output / PROGRESS_FOLDER).rmdir()
 
 
 def _check_same(output: Path, journals: dict[str, Journal]) -> None:
@@ -388,12 +356,3 @@ def _manifest(journals: dict[str, Journal]) -> Manifest:
         n_documents={split: n_documents[split] for split in SPLITS},
         extra={"parts": parts, "skipped": dict(sorted(skipped.items())), "git_commits": commits},
     )
-
-
-def _git_commit() -> str:
-    """The commit of the code that ran; empty where it is not in a repository, or there is no git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""

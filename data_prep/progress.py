@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from types import TracebackType
-
-from data_prep.corpus_io import Source
-from data_prep.encode_worker import EncodedChunk
 
 LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """How much of the input, by bytes, is done; tokens a second, time left, skipped documents. Writes to stderr."""
+    """How much of the input is done; what was made, a second and in all; time left, what was skipped. Writes to stderr.
 
-    def __init__(self, sources: list[Source], first_source: int, n_tokens: int, n_workers: int) -> None:
-        self._before = [0]
-        for source in sources:
-            self._before.append(self._before[-1] + source.n_bytes)
-        self._n_workers = n_workers
+    `total` and `done` weigh the input (bytes, say), `n_made` counts the output in `unit`.
+    """
+
+    def __init__(self, unit: str, *, total: int, done: int, n_made: int, n_workers: int) -> None:
+        self._unit, self._total, self._n_workers = unit, max(1, total), n_workers
         self._started = self._last_line = time.monotonic()
-        self._n_tokens_at_start = n_tokens
-        self._done_at_start = self._before[first_source]
+        self._n_made_at_start = n_made
+        self._done_at_start = done
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -32,7 +28,7 @@ class Progress:
 
             columns = (BarColumn(), TextColumn("{task.percentage:5.1f}%"), TextColumn("{task.description}"))
             self._bar = RichProgress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=max(1, self._before[-1]), completed=self._done_at_start)
+            self._task = self._bar.add_task("", total=self._total, completed=done)
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -43,22 +39,19 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, piece: EncodedChunk, n_tokens: int, skipped: Counter[str]) -> None:
-        """Note that `piece` is written."""
+    def update(self, done: float, *, n_made: int, n_skipped: int) -> None:
+        """Note how far the work is."""
         now = time.monotonic()
-        source = piece.chunk.source
-        size = self._before[source + 1] - self._before[source]
-        done = self._before[source] + piece.chunk.fraction * size
         if self._bar is None and now - self._last_line < LINE_EVERY_S:
             return
-        rate = (n_tokens - self._n_tokens_at_start) / max(1e-9, now - self._started)
-        n_skipped = sum(skipped.values())
-        text = f"{n_tokens:,} tokens, {rate:,.0f}/s, {rate / self._n_workers:,.0f}/s a worker, skipped {n_skipped:,}"
+        rate = (n_made - self._n_made_at_start) / max(1e-9, now - self._started)
+        text = (
+            f"{n_made:,} {self._unit}, {rate:,.0f}/s, {rate / self._n_workers:,.0f}/s a worker, skipped {n_skipped:,}"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
             return
         self._last_line = now
         speed = (done - self._done_at_start) / max(1e-9, now - self._started)
-        left = (self._before[-1] - done) / speed if speed > 0 else float("inf")
-        percent = 100 * done / max(1, self._before[-1])
-        print(f"{percent:5.1f}% {text}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+        left = (self._total - done) / speed if speed > 0 else float("inf")
+        print(f"{100 * done / self._total:5.1f}% {text}, {left / 60:.1f} min left", file=sys.stderr, flush=True)

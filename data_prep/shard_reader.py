@@ -1,8 +1,9 @@
-"""Token shards back to ids, without `streaming`: for verification, export and tests."""
+"""Shards back to ids or images, without `streaming`: for verification, export and tests."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.image_schema import IMAGE_COLUMNS
 from data_prep.shard_schema import INDEX_NAME, SHARD_HASH, Manifest, token_dtype
 
 Ids = NDArray[np.unsignedinteger]
@@ -33,11 +35,7 @@ class Part:
 
 def split_parts(folder: Path, manifest: Manifest, split: str) -> list[Part]:
     """The parts of `split` in the order of its index. Raises ShardError where the index cannot be read."""
-    path = folder / split / INDEX_NAME
-    try:
-        shards = json.loads(path.read_text())["shards"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ShardError(f"{path} cannot be read: {error!r}") from None
+    shards = split_index(folder, split)
     parts = manifest.extra.get("parts") or {"all": {"n_tokens": manifest.n_tokens}}
     if len(parts) == 1:
         return [Part(name, shards, part["n_tokens"][split]) for name, part in parts.items()]
@@ -47,8 +45,45 @@ def split_parts(folder: Path, manifest: Manifest, split: str) -> list[Part]:
     ]
 
 
+def split_index(folder: Path, split: str) -> list[dict[str, Any]]:
+    """The entries of the split's index, one a shard. Raises ShardError where it cannot be read."""
+    path = folder / split / INDEX_NAME
+    try:
+        shards: list[dict[str, Any]] = json.loads(path.read_text())["shards"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ShardError(f"{path} cannot be read: {error!r}") from None
+    return shards
+
+
 def read_shard(folder: Path, entry: dict[str, Any], manifest: Manifest) -> Ids:
     """The shard's rows, [n, row_tokens + 1]. Raises ShardError where size, checksum or layout are not the index's."""
+    path, data = shard_bytes(folder, entry)
+    dtype = np.dtype(token_dtype(manifest.vocab_size))
+    n_rows, width = entry["samples"], manifest.row_tokens + 1
+    begin = int.from_bytes(data[4:8], "little")
+    if len(data) - begin != n_rows * width * dtype.itemsize or int.from_bytes(data[:4], "little") != n_rows:
+        raise ShardError(f"shard {path}: it does not hold {n_rows} rows of {width} {dtype} ids")
+    return np.frombuffer(data, dtype, offset=begin).reshape(n_rows, width)
+
+
+def read_image_shard(folder: Path, entry: dict[str, Any]) -> Iterator[tuple[bytes, int, str]]:
+    """(JPEG, label, name) of each sample. Raises ShardError where size, checksum or layout are not the index's."""
+    path, data = shard_bytes(folder, entry)
+    n = entry["samples"]
+    if entry["column_names"] != list(IMAGE_COLUMNS) or int.from_bytes(data[:4], "little") != n:
+        raise ShardError(f"shard {path}: it does not hold {n} samples of {', '.join(IMAGE_COLUMNS)}")
+    offsets = np.frombuffer(data, "<u4", n + 1, offset=4).tolist()
+    for begin, end in itertools.pairwise(offsets):
+        image_bytes, name_bytes = np.frombuffer(data, "<u4", 2, offset=begin).tolist()
+        label_at = begin + 8 + image_bytes
+        if label_at + 8 + name_bytes != end:
+            raise ShardError(f"shard {path}: the sizes of a sample do not add up")
+        label = int.from_bytes(data[label_at : label_at + 8], "little", signed=True)
+        yield data[begin + 8 : label_at], label, data[label_at + 8 : end].decode()
+
+
+def shard_bytes(folder: Path, entry: dict[str, Any]) -> tuple[Path, bytes]:
+    """The shard's file and its bytes, decompressed. Raises ShardError where size or checksum are not the index's."""
     raw_info, zip_info = entry["raw_data"], entry["zip_data"]
     info = zip_info if zip_info and (folder / zip_info["basename"]).is_file() else raw_info
     path = folder / info["basename"]
@@ -62,12 +97,7 @@ def read_shard(folder: Path, entry: dict[str, Any], manifest: Manifest) -> Ids:
 
         data = zstd.decompress(data)
         _check_bytes(path, data, raw_info)
-    dtype = np.dtype(token_dtype(manifest.vocab_size))
-    n_rows, width = entry["samples"], manifest.row_tokens + 1
-    begin = int.from_bytes(data[4:8], "little")
-    if len(data) - begin != n_rows * width * dtype.itemsize or int.from_bytes(data[:4], "little") != n_rows:
-        raise ShardError(f"shard {path}: it does not hold {n_rows} rows of {width} {dtype} ids")
-    return np.frombuffer(data, dtype, offset=begin).reshape(n_rows, width)
+    return path, data
 
 
 def _check_bytes(path: Path, data: bytes, info: dict[str, Any]) -> None:

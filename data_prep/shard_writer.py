@@ -44,6 +44,31 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         os.close(folder)
 
 
+def mds_config(columns: dict[str, str], sizes: Sequence[int | None], compression: str = "") -> dict[str, Any]:
+    """What an index says of each shard, and a shard of itself. `sizes` of the columns in bytes; None: it varies."""
+    return {
+        "version": 2,
+        "format": "mds",
+        "compression": compression or None,
+        "hashes": [SHARD_HASH],
+        "size_limit": None,
+        "column_names": list(columns),
+        "column_encodings": list(columns.values()),
+        "column_sizes": list(sizes),
+    }
+
+
+def mds_file(config: dict[str, Any], sample_bytes: Sequence[int], samples: bytes) -> bytes:
+    """The bytes of a shard: `samples` end to end, each of `sample_bytes`. Raises ValueError at MDS's limit of 4 GiB."""
+    n = len(sample_bytes)
+    header = json.dumps(config, sort_keys=True).encode()
+    first = 4 + 4 * (n + 1) + len(header)
+    offsets = first + np.cumsum([0, *sample_bytes], dtype=np.int64)
+    if offsets[-1] >= 2**32:
+        raise ValueError(f"a shard of {n} samples, {offsets[-1]:,} bytes, passes the 4 GiB of an MDS shard")
+    return b"".join([np.uint32(n).tobytes(), offsets.astype("<u4").tobytes(), header, samples])
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
     """How ids become files; equal layouts and equal ids give equal bytes."""
@@ -65,29 +90,15 @@ class ShardLayout:
     def mds_config(self) -> dict[str, Any]:
         """What the index says of each shard, and a shard of itself."""
         columns = mds_columns(self.vocab_size, self.row_tokens)
-        return {
-            "version": 2,
-            "format": "mds",
-            "compression": self.compression or None,
-            "hashes": [SHARD_HASH],
-            "size_limit": None,
-            "column_names": list(columns),
-            "column_encodings": list(columns.values()),
-            "column_sizes": [(self.row_tokens + 1) * self.dtype.itemsize],
-        }
+        return mds_config(columns, [(self.row_tokens + 1) * self.dtype.itemsize], self.compression)
 
     def shard_bytes(self, ids: Ids) -> bytes:
         """The MDS file of `ids`, n_rows * row_tokens + 1 of them."""
         n_rows = (len(ids) - 1) // self.row_tokens
         assert len(ids) == max(1, n_rows) * self.row_tokens + 1, f"{len(ids)} ids do not make rows"
         rows = np.lib.stride_tricks.sliding_window_view(ids, self.row_tokens + 1)[:: self.row_tokens]
-        header = json.dumps(self.mds_config(), sort_keys=True).encode()
         row_bytes = (self.row_tokens + 1) * self.dtype.itemsize
-        first = 4 + 4 * (n_rows + 1) + len(header)
-        offsets = first + row_bytes * np.arange(n_rows + 1, dtype=np.int64)
-        if offsets[-1] >= 2**32:
-            raise ValueError(f"a shard of {n_rows} rows of {row_bytes} bytes passes the 4 GiB of an MDS shard")
-        return b"".join([np.uint32(n_rows).tobytes(), offsets.astype("<u4").tobytes(), header, rows.tobytes()])
+        return mds_file(self.mds_config(), [row_bytes] * n_rows, rows.tobytes())
 
 
 @dataclass
@@ -143,19 +154,20 @@ class SplitWriter:
         name = f"shard.{len(self.state.shards):05}.mds"
         entry = self._layout.mds_config() | {
             "samples": (len(ids) - 1) // self._layout.row_tokens,
-            "raw_data": _file_info(name, raw),
+            "raw_data": file_info(name, raw),
             "zip_data": None,
         }
         if self._layout.compression:
             import zstd  # what streaming decompresses with
 
             name, raw = f"{name}.zstd", zstd.compress(raw, int(self._layout.compression.partition(":")[2] or 3))
-            entry["zip_data"] = _file_info(name, raw)
+            entry["zip_data"] = file_info(name, raw)
         write_atomic(self._folder / name, raw)
         self.state.shards.append(entry)
 
 
-def _file_info(name: str, data: bytes) -> dict[str, Any]:
+def file_info(name: str, data: bytes) -> dict[str, Any]:
+    """What an index says of a file: name, size, checksum."""
     return {"basename": name, "bytes": len(data), "hashes": {SHARD_HASH: hashlib.new(SHARD_HASH, data).hexdigest()}}
 
 

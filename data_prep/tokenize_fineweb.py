@@ -9,7 +9,6 @@ that was never interrupted, whatever the number of workers. Run again when finis
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ if __package__ in (None, ""):
 
 from data_prep.corpus_io import Filters, InputError, find_sources
 from data_prep.encode_worker import EncodeSettings
-from data_prep.preparation import OutputError, Preparation, merge_parts
+from data_prep.prep_job import OutputError, cores, place_from_slurm
+from data_prep.preparation import Preparation, merge_parts
 
 SHARD_BYTES = 64 << 20
 
@@ -68,26 +68,8 @@ def _preparation(args: argparse.Namespace) -> Preparation:
         max_tokens=args.max_tokens,
         rank=args.rank,
         world_size=args.world_size,
-        n_workers=args.workers or _cores(),
+        n_workers=args.workers or cores(),
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _place_from_slurm() -> tuple[int, int]:
-    """(rank, world size) of a task of an array, or of an srun step; (0, 1) elsewhere.
-
-    SLURM_NTASKS is no guide: a batch script has it too, and there this program runs once.
-    """
-    number = {name: int(value) for name, value in os.environ.items() if name.startswith("SLURM_") and value.isdigit()}
-    if "SLURM_ARRAY_TASK_ID" in number:
-        from_first = number["SLURM_ARRAY_TASK_ID"] - number.get("SLURM_ARRAY_TASK_MIN", 0)
-        return from_first // number.get("SLURM_ARRAY_TASK_STEP", 1), number.get("SLURM_ARRAY_TASK_COUNT", 1)
-    if "SLURM_STEP_NUM_TASKS" in number:
-        return number.get("SLURM_PROCID", 0), number["SLURM_STEP_NUM_TASKS"]
-    return 0, 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("where")
     where.add_argument("--output", required=True, metavar="DIR", help="the dataset's folder")
     where.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core this job may use")
-    rank, world_size = _place_from_slurm()
+    rank, world_size = place_from_slurm()
     where.add_argument("--rank", type=int, default=rank, help="this job's number; from Slurm where there")
     where.add_argument("--world-size", type=int, default=world_size, help="jobs that share the input files; likewise")
     where.add_argument("--merge", action="store_true", help="join the finished parts of an array into one dataset")

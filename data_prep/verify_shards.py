@@ -1,9 +1,11 @@
-"""Is this token dataset whole and right? Checks every byte, and draws the lengths of its documents.
+"""Is this dataset whole and right? Checks every byte, and draws the lengths of its documents, or some of its images.
 
     python data_prep/verify_shards.py data/fineweb --tokenizer tokenizer.json --picture lengths.png
+    python data_prep/verify_shards.py data/imagenet --picture images.png
 
-Checks sizes, checksums, layout, that every id is below the vocabulary, that each row goes on where the last one ended,
-and the manifest's counts of tokens and documents. Every problem is listed; the exit status is 1 where there is one.
+Checks sizes, checksums and layout. Of tokens: that every id is below the vocabulary, that each row goes on where the last
+one ended, and the manifest's counts of tokens and documents. Of images: that every one decodes, and the manifest's counts
+of each class. Every problem is listed; the exit status is 1 where there is one.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ if __package__ in (None, ""):
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.prep_job import cores
 from data_prep.shard_reader import Part, ShardError, part_tokens, read_shard, split_parts
-from data_prep.shard_schema import SPLITS, Manifest, read_manifest
+from data_prep.shard_schema import SPLITS, Manifest, manifest_kind, read_manifest
 from data_prep.tokenizers_io import TextTokenizer, open_tokenizer
+from data_prep.verify_images import verify_images
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default="", help="decode samples with it; must be the manifest's")
     parser.add_argument("--eos-token", default="", help="as for tokenize_fineweb.py")
     parser.add_argument("--samples", type=int, default=3, help="documents of each split to decode")
-    parser.add_argument("--picture", default="", metavar="PNG", help="where to draw the document lengths")
+    parser.add_argument("--picture", default="", metavar="PNG", help="where to draw document lengths, or images")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: one for each core")
     args = parser.parse_args(argv)
+    if manifest_kind(args.folder) == "images":
+        return verify_images(Path(args.folder), args.picture, args.workers or cores())
     try:
         manifest = read_manifest(args.folder)
         tokenizer = open_tokenizer(args.tokenizer, args.eos_token) if args.tokenizer else None

@@ -11,6 +11,9 @@ from modeling import nesting
 VOCAB_MULTIPLE = 128
 """Embedding rows are padded to a multiple of this, whatever tp is, so that checkpoints do not depend on tp."""
 NormKind = Literal["rms", "layer"]
+CHANNEL_MEAN = (0.485, 0.456, 0.406)
+CHANNEL_STD = (0.229, 0.224, 0.225)
+"""Of ImageNet's pixels in 0..1: torchvision's and the reference's constants. Images are normalised by them."""
 
 
 @dataclass(frozen=True, kw_only=True)

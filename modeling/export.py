@@ -10,6 +10,14 @@ CHECKPOINT is a run's folder (its newest checkpoint), one checkpoint, or a folde
 | mamba_ssm | mamba-ssm's MambaLMHeadModel.from_pretrained | uniform, if its channels are a whole multiple of d_model |
 | matmamba | modeling.model_folder.load_model, modeling.generate, modeling.serve | any, per-layer mixes and the whole nested model too |
 | remote_code | transformers' AutoModelForCausalLM with trust_remote_code=True, without this package | the same |
+
+Of an image classifier:
+
+| format | what loads it | widths |
+|---|---|---|
+| timm | the file beside the weights, without this package; timm.create_model("local-dir:DIR") where timm is | any, mixes and the whole nested model too |
+| matmamba_vision | the public MatMamba2Vision.from_pretrained | the whole nested model |
+| matmamba | modeling.model_folder.load_model | any, mixes and the whole nested model too |
 """
 
 from __future__ import annotations
@@ -28,14 +36,18 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from modeling import nesting
-from modeling.checkpoint_reader import CheckpointError, Reader
+from modeling.checkpoint_reader import WEIGHTS, WEIGHTS_HELP, CheckpointError, Reader
 from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.convert import StateDict, cut, cut_mix, to_hf, to_mamba_ssm
+from modeling.export_vision import classes_of, write_matmamba_vision, write_timm
 from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model
 from modeling.search import read_widths
 from modeling.text import open_text
 
-FORMATS = ("hf", "mamba_ssm", "matmamba", "remote_code")
+FORMATS = {
+    LanguageConfig: ("hf", "mamba_ssm", "matmamba", "remote_code"),
+    VisionConfig: ("timm", "matmamba_vision", "matmamba"),
+}
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_matmamba.py"
 """The model that a remote_code folder carries with it."""
 KINDS_OF_MODEL: dict[str, type[BackboneConfig]] = {"language": LanguageConfig, "vision": VisionConfig}
@@ -43,8 +55,8 @@ KINDS_OF_MODEL: dict[str, type[BackboneConfig]] = {"language": LanguageConfig, "
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, BackboneConfig, str]:
-    """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and its tokenizer's path.
+def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, BackboneConfig, dict[str, Any]]:
+    """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and what its data was.
 
     `weights` is one of checkpoint_reader.WEIGHTS. Raises CheckpointError or ModelFolderError; ValueError where a model folder holds a mix, which cannot be cut again.
     """
@@ -52,7 +64,7 @@ def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, Backb
         model = load_model(folder)
         if len(set(model.held)) > 1 or model.held[0] != model.cfg.n_heads:
             raise ModelFolderError(f"{folder} holds a mix that was cut out: export from the checkpoint it came from")
-        return {name: p.detach() for name, p in model.named_parameters()}, model.cfg, ""
+        return {name: p.detach() for name, p in model.named_parameters()}, model.cfg, {}
     if not (folder / "manifest.json").exists():
         latest = folder / "checkpoints" / "latest"
         if not latest.exists():
@@ -68,44 +80,57 @@ def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, Backb
         raw = reader.manifest["config"]["model"]
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
         cfg = kind(**values)
-        tokenizer = str(reader.manifest["config"].get("data", {}).get("tokenizer", ""))
+        data = dict(reader.manifest["config"].get("data", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'manifest.json'}: its config describes no model ({error})") from None
     reader.verify()
     reader.check_model(cfg)
-    return dict(reader.weights(cfg.n_heads, weights)), cfg, tokenizer
+    return dict(reader.weights(cfg.n_heads, weights)), cfg, data
 
 
 def export(
     state: StateDict,
-    cfg: LanguageConfig,
+    cfg: BackboneConfig,
     widths: nesting.LayerWidths,
     target: str,
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None,
+    crop_ratio: float = 0.875,
+    classes: list[str] | None = None,
 ) -> None:
     """Write the submodel `widths` of a whole model into `folder` (new or empty) in the format `target`; whole or not at all.
 
     Raises ValueError where the format cannot hold the submodel, FileExistsError where the folder has something in it.
     """
-    if target not in FORMATS:
-        raise ValueError(f"format {target!r}: must be one of {', '.join(FORMATS)}")
+    if target not in FORMATS[type(cfg)]:
+        kind = "an image classifier" if isinstance(cfg, VisionConfig) else "a language model"
+        raise ValueError(f"format {target!r}: {kind}'s must be one of {', '.join(FORMATS[type(cfg)])}")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         work = Path(aside) / "model"
         work.mkdir()
-        if target in ("matmamba", "remote_code"):
-            whole = widths == nesting.uniform(cfg.n_heads, cfg.n_layers)
+        whole = widths == nesting.uniform(cfg.n_heads, cfg.n_layers)
+        if target in ("matmamba", "remote_code", "timm"):
             part = _cast(state if whole else cut_mix(state, cfg, widths), dtype)
             if target == "matmamba":
                 save_model(work, part, cfg, widths)
+            elif isinstance(cfg, VisionConfig):
+                write_timm(work, part, cfg, widths, crop_ratio=crop_ratio, classes=classes)
             else:
+                assert isinstance(cfg, LanguageConfig)
                 _write_remote_code(work, part, cfg, widths, dtype)
+        elif isinstance(cfg, VisionConfig):
+            if not whole:
+                raise ValueError(
+                    f"format {target} holds the whole nested model, whose widths that code picks itself: leave --width out"
+                )
+            write_matmamba_vision(work, _cast(state, dtype), cfg)
         else:
+            assert isinstance(cfg, LanguageConfig)
             if len(set(widths)) > 1:
                 raise ValueError(
                     f"format {target} has one number of heads for all layers, this mix has {sorted(set(widths))}: use "
@@ -114,6 +139,7 @@ def export(
             part, small = cut(state, cfg, widths[0])
             (_write_hf if target == "hf" else _write_mamba_ssm)(work, part, small, dtype)
         if tokenizer is not None:
+            assert isinstance(cfg, LanguageConfig)
             _add_tokenizer(work, tokenizer, cfg, target)
         if folder.exists():
             folder.rmdir()
@@ -242,20 +268,31 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="a run, a checkpoint, or a folder in our format")
     parser.add_argument("--width", default="1", help="1, 1/4, 16h, or one for each layer: 1,1/2,...")
-    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument(
+        "--format", required=True, choices=sorted({name for names in FORMATS.values() for name in names})
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="new folder")
     parser.add_argument(
         "--tokenizer", type=Path, help="file to put beside the model; default: the run's, if it is a file"
     )
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help=WEIGHTS_HELP)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the matrices; vectors stay float32")
     args = parser.parse_args(argv)
     try:
-        state, cfg, named = read_state(args.checkpoint)
-        if not isinstance(cfg, LanguageConfig):
-            raise ValueError(f"{args.checkpoint} is an image classifier: these formats are for language models")
+        state, cfg, data = read_state(args.checkpoint, weights=args.weights)
         widths = read_widths(args.width, cfg.n_heads, cfg.n_layers)
-        tokenizer = args.tokenizer or (Path(named) if named and Path(named).is_file() else None)
-        export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
+        about: dict[str, Any]
+        if isinstance(cfg, VisionConfig):
+            if args.tokenizer is not None:
+                raise ValueError("--tokenizer: an image classifier has none")
+            about = {
+                "crop_ratio": float(data.get("eval_crop_ratio", 0.875)),
+                "classes": classes_of(data.get("path", "")),
+            }
+        else:
+            named = str(data.get("tokenizer", ""))
+            about = {"tokenizer": args.tokenizer or (Path(named) if named and Path(named).is_file() else None)}
+        export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], **about)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -37,7 +37,8 @@ def open_model(
     if (path / CONFIG_NAME).exists():
         model, tokenizer = load_language_model(path), _beside(path)
     else:
-        state, cfg, tokenizer = read_state(path)
+        state, cfg, data = read_state(path)
+        tokenizer = str(data.get("tokenizer", ""))
         if not isinstance(cfg, LanguageConfig):
             raise ValueError(f"{path} is an image classifier: only language models are opened to generate text")
         with torch.device("meta"):

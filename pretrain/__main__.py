@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
                 nvlink_gb_s=args.nvlink_gb_s,
                 network_gb_s=args.network_gb_s,
             )
-            print_plan(language_run(cfg), cluster)
+            print_plan(language_run(cfg, "--plan, whose rates were measured on them,"), cluster)
             return 0
         if args.dry_run:
             from pretrain.dry_run import print_dry_run

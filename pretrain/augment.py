@@ -20,12 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from modeling.config import CHANNEL_MEAN, CHANNEL_STD
 from pretrain.image_config import AugmentConfig
 from pretrain.images import ImageBatch
-
-CHANNEL_MEAN = (0.485, 0.456, 0.406)
-CHANNEL_STD = (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels in 0..1: torchvision's and the reference's constants."""
 
 NOISE_OFFSETS = 1 << 20
 BETA_POINTS = 4097

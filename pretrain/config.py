@@ -427,8 +427,8 @@ class LanguageRunConfig(RunConfig):
         return self.logging.eval_sequences or 256
 
 
-def language_run(cfg: RunConfig) -> LanguageRunConfig:
-    """`cfg`, for what only language models do. Raises ConfigError where it is another kind of run."""
+def language_run(cfg: RunConfig, what: str) -> LanguageRunConfig:
+    """`cfg`, for `what` only language models have. Raises ConfigError where it is another kind of run."""
     if not isinstance(cfg, LanguageRunConfig):
-        raise ConfigError(f"task={cfg.task}: this is for language models; {cfg.run_dir} trains another kind")
+        raise ConfigError(f"{what} is for language models alone, and this run has task={cfg.task}")
     return cfg

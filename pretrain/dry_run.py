@@ -75,7 +75,7 @@ def _width_table(cfg: RunConfig) -> Table:
         "parameters",
         "of full",
         "without embedding",
-        "forward MFLOP a token",
+        "forward MFLOP/token",
         "bf16 weights MiB",
     ):
         table.add_column(column, justify="right")

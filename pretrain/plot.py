@@ -1,4 +1,4 @@
-"""A picture of a run: training and validation loss of every width over tokens."""
+"""A picture of a run: training and validation loss of every width over tokens, of images also the share of right answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def plot_losses(metrics_path: str | Path, png: str | Path | IO[bytes], title: st
     if not train:
         raise ValueError(f"{metrics_path} holds no training record yet")
     names = list(dict.fromkeys(name for record in train for name in record["loss"]))
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    of_images = "images" in train[0]
+    figure, panels = plt.subplots(1, 1 + of_images, figsize=(8 + 5 * of_images, 4.5), dpi=120, squeeze=False)
+    axes = panels[0][0]
     for name, colour in zip(
         names, plt.get_cmap("viridis")([i / max(1, len(names)) for i in range(len(names))]), strict=True
     ):
@@ -34,9 +36,15 @@ def plot_losses(metrics_path: str | Path, png: str | Path | IO[bytes], title: st
         checked = [(record["tokens"], record["loss"][name]) for record in validation if name in record["loss"]]
         if checked:
             axes.plot(*zip(*checked, strict=True), "o", color=colour, markersize=4)
-    axes.set(xlabel="tokens", ylabel="next-token loss (nats)", title=title)
-    axes.grid(alpha=0.3)
+        if of_images and checked:
+            right = [(record["tokens"], 100 * record["top1"][name]) for record in validation]
+            panels[0][1].plot(*zip(*right, strict=True), "o-", color=colour, markersize=4, linewidth=1.2)
+    axes.set(xlabel="tokens", ylabel="cross-entropy (nats)", title=title)
     axes.legend(title="lines: train, dots: validation")
+    if of_images:
+        panels[0][1].set(xlabel="tokens", ylabel="validation top-1 (%)")
+    for one in panels[0]:
+        one.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(png, format="png")
     plt.close(figure)

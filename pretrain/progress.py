@@ -52,7 +52,7 @@ class TrainingProgress:
         if not self._enabled:
             return
         if self._bar is not None and kind == "train":
-            self._bar.update(self._task, news=_losses(record) + f"  {record['tokens_per_s']:,.0f} tok/s")
+            self._bar.update(self._task, news=f"{_by_width('loss', record['loss'])}  {speed(record)}")
             return
         line = _line(kind, record, self._n_steps)
         if self._bar is not None:
@@ -66,17 +66,26 @@ def _line(kind: str, record: dict[str, Any], n_steps: int) -> str:
     if kind == "event":
         return f"{head}  {record['event']}"
     if kind == "eval":
-        return f"{head}  validation {_losses(record)}"
+        measures = [name for name in ("loss", "top1", "top5") if name in record]
+        return f"{head}  validation " + "  ".join(_by_width(name, record[name]) for name in measures)
     mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
     return (
-        f"{head}  {_losses(record)}  lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  "
-        f"{record['tokens_per_s']:,.0f} tok/s  {record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
+        f"{head}  {_by_width('loss', record['loss'])}  lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  "
+        f"{speed(record)}  {record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
         f"{record['memory_gib']:.1f} GiB  {_duration(record['eta_s'])} left"
     )
 
 
-def _losses(record: dict[str, Any]) -> str:
-    return "loss " + "  ".join(f"[{name}] {loss:.4f}" for name, loss in record["loss"].items())
+def speed(record: dict[str, Any]) -> str:
+    """A training record's speed in the unit of what is trained on."""
+    if "images_per_s" in record:
+        return f"{record['images_per_s']:,.0f} img/s"
+    return f"{record['tokens_per_s']:,.0f} tok/s"
+
+
+def _by_width(name: str, values: dict[str, float]) -> str:
+    digits = ".4f" if name == "loss" else ".2%"
+    return f"{name} " + "  ".join(f"[{width}] {value:{digits}}" for width, value in values.items())
 
 
 def _duration(seconds: float) -> str:

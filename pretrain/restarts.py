@@ -127,9 +127,10 @@ def _checked(config: str, overrides: list[str], world_size: int | None) -> RunCo
     cfg = load_config(config, overrides)
     if world_size is not None:
         cfg.grad_accum_steps(world_size)
+    script = "prepare_imagenet.py" if cfg.task == "vision" else "tokenize_fineweb.py"
     if not (Path(cfg.data.path) / "train").is_dir() and "://" not in cfg.data.path:
         raise ConfigError(
-            f"data.path={cfg.data.path} has no folder train: name a folder that tokenize_fineweb.py wrote (DATA=...)"
+            f"data.path={cfg.data.path} has no folder train: name a folder that {script} wrote (DATA=...)"
         )
     return cfg
 

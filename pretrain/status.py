@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.metrics import Record, read_metrics
+from pretrain.progress import speed
 from pretrain.restarts import latest_step, read_events
 
 STALE_S = 900
@@ -92,7 +93,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 def table(runs: Sequence[RunStatus]) -> Table:
     """One row a run."""
-    shown = Table("run", "step", "loss per width", "validation", "tok/s", "MFU", "left", "saved", "restarts", "state")
+    shown = Table("run", "step", "loss per width", "validation", "speed", "MFU", "left", "saved", "restarts", "state")
     for run in runs:
         last = run.last
         if last is None:
@@ -103,8 +104,8 @@ def table(runs: Sequence[RunStatus]) -> Table:
             run.folder.name,
             f"{last['step']:,}/{run.n_steps:,}",
             _losses(last),
-            "" if run.last_eval is None else _losses(run.last_eval),
-            f"{last['tokens_per_s']:,.0f}",
+            "" if run.last_eval is None else _validation(run.last_eval),
+            speed(last),
             mfu,
             "" if last["step"] >= run.n_steps else _duration(last["eta_s"]),
             "none" if run.checkpoint < 0 else f"{run.checkpoint:,}",
@@ -127,9 +128,10 @@ def write_report(run: RunStatus) -> Path:
     if last is not None:
         facts |= {
             "training loss": _losses(last),
-            "validation loss": "none yet" if run.last_eval is None else _losses(run.last_eval),
+            "validation": "none yet" if run.last_eval is None else _validation(run.last_eval),
             "tokens": f"{last['tokens']:,}",
-            "tokens/s": f"{last['tokens_per_s']:,.0f}",
+            **({"images": f"{last['images']:,}"} if "images" in last else {}),
+            "speed": speed(last),
             "MFU": "not known for this device" if last["mfu"] is None else f"{last['mfu']:.1%}",
             "memory": f"{last['memory_gib']:.1f} GiB",
             "newest checkpoint": "none" if run.checkpoint < 0 else f"step {run.checkpoint:,}",
@@ -164,6 +166,13 @@ def _curves(run: RunStatus) -> str:
 
 def _losses(record: Record) -> str:
     return "  ".join(f"[{name}] {loss:.3f}" for name, loss in record["loss"].items())
+
+
+def _validation(record: Record) -> str:
+    """A classifier's shares of right answers, a language model's losses."""
+    if "top1" not in record:
+        return _losses(record)
+    return "  ".join(f"[{name}] {share:.2%}" for name, share in record["top1"].items())
 
 
 def _duration(seconds: float) -> str:

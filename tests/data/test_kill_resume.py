@@ -36,14 +36,14 @@ def start(folder: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
     )
 
 
-def n_shards(output: Path) -> int:
-    return len(list(output.rglob("shard.*.zstd")))
+def kill_during_work(process: subprocess.Popen[bytes], output: Path, delay_s: float, shards: str) -> None:
+    """Kill the parent alone, `delay_s` after it wrote the first new file like `shards` (or let it end before)."""
 
+    def n_shards() -> int:
+        return len(list(output.rglob(shards)))
 
-def kill_during_work(process: subprocess.Popen[bytes], output: Path, delay_s: float) -> None:
-    """Kill the parent alone, `delay_s` after it wrote its first new shard (or let it end before)."""
-    before = n_shards(output)
-    while process.poll() is None and n_shards(output) == before:
+    before = n_shards()
+    while process.poll() is None and n_shards() == before:
         time.sleep(0.005)
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_random_kills_change_nothing(tmp_path: Path, n_rounds: int, monkeypatch:
     n_killed = 0
     for _ in range(n_rounds):
         process = start(tmp_path, output, workers=rng.choice((1, 2)))
-        kill_during_work(process, output, rng.uniform(0, 0.15))
+        kill_during_work(process, output, rng.uniform(0, 0.15), "shard.*.zstd")
         n_killed += process.returncode == -signal.SIGKILL
         assert_no_process_left(process.pid)
     process = start(tmp_path, output, workers=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.checkpoint_reader import Reader
+from modeling.export import main as export
+from modeling.model_folder import load_model as load_folder
 from modeling.noise import Noise
+from modeling.retrieval import RetrievalScores
 from modeling.vision import VisionModel
 from pretrain import train
 from pretrain.augment import normalised, training_inputs
@@ -24,6 +28,9 @@ from pretrain.evaluate import main as evaluate
 from pretrain.images import ImageBatch, ImageLoader, validation_images
 from pretrain.metrics import read_metrics
 from pretrain.optim import learning_rate, parameter_groups
+from pretrain.retrieval import main as retrieve
+from pretrain.retrieval import matrix
+from pretrain.tasks import task_of
 from pretrain.vision_config import VisionRunConfig
 from pretrain.vision_task import features
 from tests.datasets import write_image_dataset
@@ -239,9 +246,50 @@ def test_validation_counts_every_image_once_and_is_evaluates(
     said = capfd.readouterr().out
     top1 = recorded["top1"]["1/2"]
     assert f"width 1/2: loss {recorded['loss']['1/2']:.4f}, top1 {top1:.2%}, top5 100.00%" in said
+    assert export([str(tmp_path), "--format", "matmamba", "--width", "1/4", "-o", str(tmp_path / "quarter")]) == 0
+    quarter = load_folder(tmp_path / "quarter")
+    with torch.no_grad():
+        x = normalised(batches[0].images_bchw, torch.float32)
+        assert torch.equal(quarter(x, (2, 2)), model(x, (2, 2))), "the moving average is what is exported"
     assert run_ranks(1, evaluate, [str(tmp_path), "--image-size", "24", "--width", "1,1/4"]) == [0]
     assert run_ranks(1, evaluate, [str(tmp_path), "--image-size", "18"]) == [2]
     assert "multiple of model.patch_size=4" in capfd.readouterr().err
+
+
+def retrieved(folder: str) -> dict[tuple[str, str], RetrievalScores]:
+    model, cfg = load_model(Path(folder))
+    ranks, task = init_ranks(1), task_of(cfg)
+    widths = {"1": (8, 8), "1/4": (2, 2), "mix": (8, 2)}
+    return matrix(model, task.validation(ranks), widths, widths, ranks)  # type: ignore[arg-type]
+
+
+def test_retrieval_across_widths_does_not_depend_on_ranks(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cfg = run_config(images, tmp_path, optim={"steps": 6, "lr": 1e-2}, model={"dropout": 0.0, "drop_path": 0.0})
+    run_ranks(2, train.main, cfg)
+    one = run_ranks(1, retrieved, str(tmp_path))[0]
+    for two in run_ranks(2, retrieved, str(tmp_path)):
+        for pair, scores in one.items():
+            assert two[pair] == pytest.approx(scores), pair
+    assert one["1/4", "1"] != one["1", "1/4"], "who asks whom matters"
+    model, _ = load_model(tmp_path)
+    batches = list(validation_images(cfg.data, n_images=0, dp_rank=0, dp_size=1))
+    with torch.no_grad():
+        asked, held = (
+            torch.cat([F.normalize(model(normalised(b.images_bchw, torch.float32), widths), dim=-1) for b in batches])
+            for widths in ((2, 2), (8, 8))
+        )
+    labels = torch.cat([batch.labels_b for batch in batches])
+    nearest = (asked @ held.T).fill_diagonal_(-2).argmax(-1)
+    assert one["1/4", "1"].recall_at_1 == pytest.approx(float((labels[nearest] == labels).double().mean()))
+    out = tmp_path / "scores.json"
+    arguments = [str(tmp_path), "--query", "1/4", "--database", "1", "--database", "1,1/4", "--json", str(out)]
+    assert run_ranks(1, retrieve, arguments) == [0]
+    said = capfd.readouterr().out
+    assert "mean average precision" in said
+    assert f"{one['1/4', '1'].recall_at_1:.2%}" in said
+    assert [(row["query"], row["database"]) for row in json.loads(out.read_text())] == [("1/4", "1"), ("1/4", "1,1/4")]
 
 
 def partial_batch(cfg: VisionRunConfig) -> tuple[Tensor, Tensor]:
@@ -267,8 +315,6 @@ def test_ties_are_no_hits(images: Path, tmp_path: Path) -> None:
 
 
 def scores_of_a_model_that_cannot_tell(cfg: VisionRunConfig) -> dict[str, float]:
-    from pretrain.tasks import task_of
-
     ranks, task = init_ranks(1), task_of(cfg)
     model = VisionModel(cfg.model)
     model.init_weights(0)

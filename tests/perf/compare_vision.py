@@ -30,15 +30,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.classification import classification_loss
 from modeling.config import VisionConfig
 from modeling.convert import to_matmamba_vision
 from modeling.flops import forward_flops_per_image, training_flops_per_image
+from modeling.loss import Loss
+from modeling.nesting import LayerWidths
 from modeling.noise import Noise
 from modeling.ops.upstream import allow_import_without_cuda_extension
 from modeling.vision import VisionModel
+from pretrain.gradients import GradientBuffer
+from pretrain.passes import GraphedPasses
 from pretrain.provenance import git_commit
+from pretrain.vision_task import VisionInputs
 from tests.perf import timm_stand_in
-from tests.perf.compare_reference import LEVELS, matmul_rate, measure, seconds
+from tests.perf.compare_reference import LEVELS, matmul_rate, measure, seconds, void
 
 CLASSES, SIZE, RATE = 1000, 224, 0.1
 MODELS = {"35m": 512, "135m": 1024}
@@ -66,10 +72,10 @@ def config_of(name: str) -> VisionConfig:
     )
 
 
-def build_ours(name: str, dtype: torch.dtype = torch.bfloat16) -> VisionModel:
+def build_ours(name: str, dtype: torch.dtype = torch.bfloat16, *, in_place_gradients: bool = False) -> VisionModel:
     cfg = config_of(name)
     with torch.device("meta"):
-        model = VisionModel(cfg, dtype=dtype)
+        model = VisionModel(cfg, dtype=dtype, in_place_gradients=in_place_gradients)
     model = model.to_empty(device="cuda")
     model.init_weights(0)
     return model
@@ -98,15 +104,23 @@ def soft_targets(batch: int) -> Tensor:
 
 
 def ours(name: str, images: Tensor) -> Callable[[int], None]:
-    """Forward and backward of one width of ours; the argument is the level, 1 for the full width."""
-    model, targets = build_ours(name), soft_targets(len(images))
-    noise = Noise(0, torch.arange(len(images), device="cuda"))
+    """Forward and backward of one width of ours as in training: gradients in place, passes as CUDA graphs.
 
-    def run(level: int) -> None:
-        features = model(images, model.cfg.layer_widths(model.cfg.n_heads // level), noise=noise)
-        F.cross_entropy(model.logits(features), targets).backward()
+    The argument is the level, 1 for the full width.
+    """
+    model = build_ours(name, in_place_gradients=True)
+    GradientBuffer(model.parameters())
 
-    return run
+    def launched(widths: LayerWidths, inputs: VisionInputs) -> Loss:
+        features = model(inputs.images_bchw, widths, noise=Noise(0, inputs.number_b))
+        loss, _ = classification_loss(model, features, inputs.target_bk)
+        (loss.total * inputs.scale).backward()
+        return Loss(loss.total.detach(), loss.next_token)
+
+    passes = GraphedPasses(launched)
+    numbers, scale = torch.arange(len(images), device="cuda"), torch.ones((), device="cuda")
+    inputs = VisionInputs(images, soft_targets(len(images)), numbers, scale)
+    return lambda level: void(passes(model.cfg.layer_widths(model.cfg.n_heads // level), inputs))
 
 
 def reference(name: str, images: Tensor) -> Callable[[int], None]:

@@ -22,7 +22,7 @@ import yaml
 from data_prep.shard_schema import read_manifest
 from pretrain.metrics import read_metrics
 from pretrain.restarts import read_events
-from tests.datasets import write_token_dataset
+from tests.datasets import write_image_dataset, write_token_dataset
 from tests.slurm.cluster import Cluster, missing, wait_for
 from tests.unit.corpus import byte_level_tokenizer
 
@@ -304,6 +304,49 @@ def test_what_is_fine_is_said_without_submitting(site: Path, tmp_path: Path) -> 
     assert "settings are fine" in called_by_bash(site, "scaling_sweep.sh", **unset).stdout
     done = called_by_bash(site, "evaluate.sh", **unset)
     assert (done.returncode, "MODEL is not set" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("size", ["35m", "135m"])
+def test_the_vision_scripts_check_their_own_configs(size: str, site: Path, tmp_path: Path) -> None:
+    script = f"pretrain_vision_{size}.sh"
+    settings = variables(site, tmp_path / "run")
+    for name in ("CONFIG", "NODES", "TASKS_PER_NODE"):  # the script's own config, on the 8 ranks that it asks for
+        del settings[name]
+    done = called_by_bash(site, script, "optim.ema_decay=0.9999", **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = called_by_bash(site, script, "data.micro_batch=384", **settings)
+    assert done.returncode == 2
+    assert "not a multiple of data-parallel size 8 x data.micro_batch=384" in done.stderr
+    done = called_by_bash(site, script, **{**settings, "DATA": "/no/such/images"})
+    assert "a folder that prepare_imagenet.py wrote" in done.stderr
+    assert "did you mean data.image_size" in called_by_bash(site, script, "data.image_siez=192", **settings).stderr
+
+
+def test_a_classifier_trains_by_its_script(cluster: Cluster, site: Path) -> None:
+    """On two nodes; its own file, with a small model."""
+    images = write_image_dataset(site / "images", n_classes=4, n_train=40)
+    config = yaml.safe_load((ROOT / "configs" / "vision_35m.yaml").read_text())
+    config["model"] |= {
+        "n_layers": 2,
+        "d_model": 32,
+        "headdim": 8,
+        "d_state": 8,
+        "widths": [8, 4],
+        "n_classes": 4,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config["data"] |= {"image_size": 16, "images_per_step": 8, "micro_batch": 2, "n_workers": 1}
+    config["optim"] |= {"steps": 20, "warmup_steps": 2}
+    (site / "tiny vision.yaml").write_text(yaml.safe_dump(config))
+    settings = {**variables(site, site / "vision"), "CONFIG": str(site / "tiny vision.yaml"), "DATA": str(images)}
+    job = cluster.sbatch(
+        ROOT / "slurm" / "pretrain_vision_35m.sh", cwd=site, TMPDIR=str(cluster.scratch), **settings
+    )  # fmt: skip
+    cluster.wait_job(job)
+    records = read_metrics(site / "vision" / "metrics.jsonl")
+    assert {record["kind"] for record in records} == {"train", "eval", "event"}
+    assert set(records[-1]["top1"]) == {"1", "1/2"}
 
 
 def test_torchrun_launches_the_same_script(

@@ -9,7 +9,7 @@ import yaml
 from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict, config_to_yaml, load_config
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("lm_*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
 BAD_VALUES = [
     ("model.n_layers", 0), ("model.d_model", 0), ("model.headdim", 7), ("model.widths", [8, 4]),

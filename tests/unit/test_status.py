@@ -78,3 +78,35 @@ def test_sweep_puts_separate_models_beside_nested_widths(tmp_path: Path) -> None
     parameters = {(r["run"], r["width"]): r["parameters"] for r in json.loads((tmp_path / "sweep.json").read_text())}
     assert parameters["nested", "1/2"] == parameters["half", "1"]
     assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_a_classifiers_run_shows_images_and_right_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw: dict[str, Any] = {
+        "task": "vision",
+        "run_dir": str(tmp_path / "run"),
+        "model": {"n_layers": 2, "d_model": 64, "headdim": 16, "widths": [8, 4], "n_classes": 10},
+        "data": {"path": "shards", "images_per_step": 64},
+        "optim": {"lr": 1e-2, "steps": 10, "warmup_steps": 2},
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config_to_yaml(config_from_dict(raw)))
+    common = {"time": time.time(), "step": 10, "tokens": 197 * 640, "loss": {"1": 1.5, "1/2": 1.75}}
+    train = {
+        "kind": "train",
+        "tokens_per_s": 1234.0,
+        "images_per_s": 98.7,
+        "images": 640,
+        "mfu": None,
+        "eta_s": 60.0,
+        "memory_gib": 1.0,
+    }
+    right = {"kind": "eval", "top1": {"1": 0.625, "1/2": 0.5}, "top5": {"1": 0.9, "1/2": 0.8}}
+    lines = [json.dumps({**common, **record}) + "\n" for record in (train, right)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
+    assert status.main([str(tmp_path), "--html"]) == 0
+    shown = capsys.readouterr().out
+    assert "99 img/s" in shown
+    assert "[1/2] 50.00%" in shown
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "[1] 62.50%" in page
+    assert "<td>640</td>" in page

@@ -1,0 +1,96 @@
+"""What preparation jobs of any kind of data share: the output folder's lock and settings, workers, a place in a Slurm job."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROGRESS_FOLDER = ".progress"
+
+
+class OutputError(ValueError):
+    """The output folder cannot be used as asked; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def locked(output: Path, part: str) -> Iterator[None]:
+    """Refuse to run where another process writes the same part."""
+    folder = output / PROGRESS_FOLDER
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{part}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{output}: another process is writing {part}; wait for it, or end it") from None
+        yield
+
+
+def check_settings(output: Path, made_with: dict[str, Any] | None, asked: dict[str, Any]) -> None:
+    """Raise OutputError where `output` was begun with other settings than those `asked`; the message names each."""
+    if made_with is None:
+        raise OutputError(f"{output} was made by a different number of jobs: name another --output")
+    changed = [key for key in asked if made_with.get(key) != asked[key]]
+    if changed:
+        differences = "; ".join(f"{key}: {made_with.get(key)!r} there, {asked[key]!r} asked" for key in changed)
+        raise OutputError(
+            f"{output} was begun with other settings ({differences[:500]}): ask for the same, or name another --output"
+        )
+
+
+def already_finished(output: Path) -> int:
+    """Say that `output` needs nothing more; the exit status."""
+    remove_progress(output)  # a crash may have come between the manifest and this
+    print(f"{output} is finished: nothing to do")
+    return 0
+
+
+def remove_progress(output: Path) -> None:
+    """Remove what only an unfinished job needs."""
+    for path in (output / PROGRESS_FOLDER).glob("*"):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        (output / PROGRESS_FOLDER).rmdir()
+
+
+def follow_parent(parent: int) -> None:
+    """Called in a worker process: leave Ctrl-C to the process `parent`, and die with it even where it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def place_from_slurm() -> tuple[int, int]:
+    """(rank, world size) of a task of an array, or of an srun step; (0, 1) elsewhere.
+
+    SLURM_NTASKS is no guide: a batch script has it too, and there this program runs once.
+    """
+    number = {name: int(value) for name, value in os.environ.items() if name.startswith("SLURM_") and value.isdigit()}
+    if "SLURM_ARRAY_TASK_ID" in number:
+        from_first = number["SLURM_ARRAY_TASK_ID"] - number.get("SLURM_ARRAY_TASK_MIN", 0)
+        return from_first // number.get("SLURM_ARRAY_TASK_STEP", 1), number.get("SLURM_ARRAY_TASK_COUNT", 1)
+    if "SLURM_STEP_NUM_TASKS" in number:
+        return number.get("SLURM_PROCID", 0), number["SLURM_STEP_NUM_TASKS"]
+    return 0, 1
+
+
+def git_commit() -> str:
+    """The commit of the code that ran; empty where it is not in a repository, or there is no git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
