@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 SMALL_BATCH = 8
-SMALL_ROWS = 16
-"""Channels of a head in one program up to SMALL_BATCH sequences: more programs mean more of the state in flight. Beyond it
-there are enough of whole heads, which convolve B and C once for all their channels."""
+SMALL_ROWS, LARGE_ROWS = 16, 32
+"""Channels of a head in one program up to SMALL_BATCH sequences, and beyond: more programs mean more of the state in flight,
+fewer convolve B and C less often."""
 
 
 @triton.jit
@@ -59,8 +59,9 @@ def _mix_step(
     C = 2 * N + heads * P
     x_channel = 2 * N + h * P + p
     mask = in_head[:, None] & in_state[None, :]
-    place = state_ptr + ((b * heads + h) * P + p)[:, None] * N + n[None, :]
-    state = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    state_ptr += (b * heads + h) * (P * N)
+    place = p[:, None] * N + n[None, :]  # 32 bits: a pointer an entry would be most of the registers
+    state = tl.load(state_ptr + place, mask=mask, other=0.0).to(tl.float32)
     conv_ptr += b * 3 * C
     B0, B1, B2 = _past(conv_ptr, C, n, in_state)
     C0, C1, C2 = _past(conv_ptr, C, N + n, in_state)
@@ -95,7 +96,7 @@ def _mix_step(
         tl.store(out_ptr + (row * heads + h) * P + p, (u * weight).to(dtype), mask=in_head)
         tl.store(squares_ptr + (row * heads + h) * tl.num_programs(0) + part, tl.sum(u * u, axis=0))
         if absorb == t + 1:
-            tl.store(place, state.to(state_ptr.dtype.element_ty), mask=mask)
+            tl.store(state_ptr + place, state.to(state_ptr.dtype.element_ty), mask=mask)
             kept = conv_ptr + x_channel
             tl.store(kept, x1.to(conv_ptr.dtype.element_ty), mask=in_head)
             tl.store(kept + C, x2.to(conv_ptr.dtype.element_ty), mask=in_head)
@@ -179,7 +180,7 @@ def mix_step(
     """
     b, t, _ = projected_btr.shape
     heads, p, n = ssm_state_bhpn.shape[1:]
-    rows = SMALL_ROWS if b <= SMALL_BATCH else triton.next_power_of_2(p)
+    rows = min(SMALL_ROWS if b <= SMALL_BATCH else LARGE_ROWS, triton.next_power_of_2(p))
     parts = triton.cdiv(p, rows)
     out = projected_btr.new_empty(b, t, heads * p)
     squares = torch.empty(b, t, heads * parts, dtype=torch.float32, device=projected_btr.device)
