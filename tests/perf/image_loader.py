@@ -153,9 +153,10 @@ def decoder_table(sets: dict[str, list[bytes]]) -> str:
 
 
 def operation_table(pixels: np.ndarray) -> str:
-    image = Image.fromarray(resized(pixels, SIZE))
+    image = resized(pixels, SIZE)
     chw = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
     theirs = v2.RandAugment()
+    how: tuple[Any, Any] = (InterpolationMode.NEAREST, {torch.Tensor: None})
     rows = ["| operation at magnitude 9 | PIL (ours) | torchvision, uint8 tensor |", "|---|---|---|"]
     sums = [0.0, 0.0]
     for name in OPERATIONS:
@@ -166,11 +167,8 @@ def operation_table(pixels: np.ndarray) -> str:
             magnitudes, _ = theirs._AUGMENTATION_SPACE[name]
             table = magnitudes(31, SIZE, SIZE)
             amount = 0.0 if table is None else float(table[9])
-            nearest, fill = InterpolationMode.NEAREST, {torch.Tensor: None}
             tensor = cost_ms(
-                lambda _, name=name, amount=amount: theirs._apply_image_or_video_transform(
-                    chw, name, amount, nearest, fill
-                ),
+                lambda _, name=name, amount=amount: theirs._apply_image_or_video_transform(chw, name, amount, *how),
                 200,
             )
         sums = [sums[0] + ours, sums[1] + tensor]
