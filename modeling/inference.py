@@ -9,6 +9,7 @@ Letters: b batch, t time, d model, r rows of the packed projection, v vocabulary
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from modeling.cuda_graph import KeptSteps
 from modeling.language import LanguageModel
 from modeling.mixer import Mixer
 from modeling.nesting import LayerWidths
+from modeling.ops.kernels.step import finish_step, mix_step, shift_groups
 from modeling.ops.norm import add_norm
-from modeling.ops.step import mixer_step
+from modeling.ops.step import is_few, mixer_step
 
 
 @dataclass(frozen=True)
@@ -192,29 +194,64 @@ class InferenceModel:
         """
         if state.waiting is None:
             raise ValueError("no tokens wait to be taken in: call peek first")
-        for layer, projected_btr in enumerate(state.waiting):
-            self._mix(layer, projected_btr, state, count_b)
+        few = is_few(state.waiting[0].shape[1], self.cfg.d_conv, self.device)
+        for i, projected_btr in enumerate(state.waiting):
+            if few:
+                mix_step(*self._mix_arguments(i, projected_btr, state, count_b), held=self.held[i])
+                shift_groups(state.conv[i], projected_btr, count_b, inner=state.widths[i] * self.cfg.headdim)
+            else:
+                self._mix(i, projected_btr, state, count_b)
         state.waiting = None
 
     def _run(self, tokens_bt: Tensor, state: State, absorb_b: Tensor, *, keep: bool) -> Tensor:
-        cfg = self.cfg
-        waiting = []
-        x_btd, branch_btd = F.embedding(tokens_bt, self.embedding_vd).float(), None
-        for i, (layer, heads) in enumerate(zip(self.layers, state.widths, strict=True)):
-            x_btd, normed_btd = add_norm(x_btd, branch_btd, layer.block_norm_d, eps=cfg.norm_eps, dtype=self.dtype)
-            rows = 2 * cfg.d_state + self.held[i] + 2 * heads * cfg.headdim
-            projected_btr = F.linear(normed_btd, layer.into_rd[:rows])
-            branch_btd = self._mix(i, projected_btr, state, absorb_b) @ layer.out_id[: heads * cfg.headdim]
-            if keep:
-                waiting.append(projected_btr)
+        waiting: list[Tensor] = []
+        x_btd = F.embedding(tokens_bt, self.embedding_vd).float()
+        few = is_few(tokens_bt.shape[1], self.cfg.d_conv, self.device)
+        hidden_btd = (self._run_few if few else self._run_many)(x_btd, state, absorb_b, waiting)
         state.waiting = waiting if keep else None
-        return add_norm(x_btd, branch_btd, self.final_norm_d, eps=cfg.norm_eps, dtype=self.dtype)[1]
+        return hidden_btd
+
+    def _run_many(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor]) -> Tensor:
+        """All layers, with the mixer in chunks; each layer's projection is appended to `waiting`."""
+        how: dict[str, Any] = {"eps": self.cfg.norm_eps, "dtype": self.dtype}
+        branch_btd = None
+        for i, layer in enumerate(self.layers):
+            x_btd, normed_btd = add_norm(x_btd, branch_btd, layer.block_norm_d, **how)
+            waiting.append(self._project(i, normed_btd, state))
+            mixed_bti = self._mix(i, waiting[-1], state, absorb_b)
+            branch_btd = mixed_bti @ layer.out_id[: mixed_bti.shape[-1]]
+        return add_norm(x_btd, branch_btd, self.final_norm_d, **how)[1]
+
+    def _run_few(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor]) -> Tensor:
+        """The same in two kernels a layer beside its products."""
+        how: dict[str, Any] = {"eps": self.cfg.norm_eps, "dtype": self.dtype}
+        normed_btd = add_norm(x_btd, None, self.layers[0].block_norm_d, **how)[1]
+        norms = [*(layer.block_norm_d for layer in self.layers[1:]), self.final_norm_d]
+        for i, (layer, next_norm_d) in enumerate(zip(self.layers, norms, strict=True)):
+            projected_btr = self._project(i, normed_btd, state)
+            waiting.append(projected_btr)
+            arguments = self._mix_arguments(i, projected_btr, state, absorb_b)
+            gated_bti, squares_btq = mix_step(*arguments, held=self.held[i])
+            inner = gated_bti.shape[-1]
+            branch_btd = gated_bti @ layer.out_id[:inner]
+            x_btd, normed_btd = finish_step(
+                x_btd, branch_btd, squares_btq, next_norm_d, state.conv[i], projected_btr, absorb_b, inner=inner, **how
+            )
+        return normed_btd
+
+    def _project(self, i: int, normed_btd: Tensor, state: State) -> Tensor:
+        rows = 2 * self.cfg.d_state + self.held[i] + 2 * state.widths[i] * self.cfg.headdim
+        return F.linear(normed_btd, self.layers[i].into_rd[:rows])
 
     def _mix(self, i: int, projected_btr: Tensor, state: State, absorb_b: Tensor) -> Tensor:
+        arguments = self._mix_arguments(i, projected_btr, state, absorb_b)
+        return mixer_step(*arguments, held=self.held[i], chunk_size=self.cfg.chunk_size, eps=self.cfg.norm_eps)
+
+    def _mix_arguments(self, i: int, projected_btr: Tensor, state: State, absorb_b: Tensor) -> tuple[Tensor, ...]:
         layer, heads, cfg = self.layers[i], state.widths[i], self.cfg
         inner = heads * cfg.headdim
         channels = 2 * cfg.d_state + inner
-        return mixer_step(
+        return (
             projected_btr,
             layer.conv_ck[:channels],
             layer.conv_bias_c[:channels],
@@ -225,9 +262,6 @@ class InferenceModel:
             state.conv[i],
             state.ssm[i],
             absorb_b,
-            held=self.held[i],
-            chunk_size=cfg.chunk_size,
-            eps=cfg.norm_eps,
         )
 
     @torch.no_grad()

@@ -302,9 +302,9 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32."""
-    cuda_graphs: Literal["auto", "off"] = "auto"
-    """auto: replay each width's forward and backward as a CUDA graph where that can be (pretrain.passes says why not). off:
-    launch every kernel."""
+    cuda_graphs: Literal["auto", "never"] = "auto"
+    """auto: replay each width's forward and backward as a CUDA graph where that can be (pretrain.passes says why not).
+    never: launch every kernel. (Not `off`: YAML reads that as false.)"""
     seed: int = 1337
     """Seeds initial weights, data order, augmentation, dropout, the sandwich draw and mixes."""
     deterministic: bool = False

@@ -8,6 +8,7 @@ keeps anything but its losses.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from modeling.loss import Loss
 from modeling.nesting import LayerWidths
 from pretrain.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 class PassInputs(NamedTuple):
@@ -37,8 +40,8 @@ def why_launched(cfg: RunConfig, device: torch.device) -> str | None:
     """Why passes are launched kernel by kernel, or None where they are captured."""
     if device.type != "cuda":
         return "no GPU"
-    if cfg.cuda_graphs == "off":
-        return "cuda_graphs=off"
+    if cfg.cuda_graphs == "never":
+        return "cuda_graphs=never"
     if not cfg.parallel.keeps_gradients:
         return "ZeRO 2 takes gradients away in each backward"
     if cfg.parallel.tensor > 1:
@@ -55,6 +58,7 @@ class GraphedPasses:
 
     def __init__(self, run: Pass) -> None:
         self._run = run
+        self._refused = False
         self._pool = torch.cuda.graph_pool_handle()
         self._launched: set[tuple[object, ...]] = set()
         self._captured: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Any, Loss]] = {}
@@ -62,11 +66,16 @@ class GraphedPasses:
     def __call__(self, widths: LayerWidths, inputs: Any) -> Loss:
         """As `run`; what it returns is overwritten by the next call for the same submodel."""
         key = (widths, *(None if x is None else x.shape for x in inputs))
-        if key not in self._launched:
+        if key not in self._launched or self._refused:
             self._launched.add(key)
             return self._run(widths, inputs)
         if key not in self._captured:
-            self._captured[key] = self._capture(widths, inputs)
+            try:
+                self._captured[key] = self._capture(widths, inputs)
+            except RuntimeError as error:  # nothing of the pass has run: it is launched instead
+                self._refused = True
+                logger.warning("passes: launched kernel by kernel from here on, capturing one failed: %s", error)
+                return self._run(widths, inputs)
         graph, fixed, loss = self._captured[key]
         for mine, given in zip(fixed, inputs, strict=True):
             if mine is not None and given is not None:

@@ -6,12 +6,13 @@ from pretrain.config import LanguageRunConfig, RunConfig
 from pretrain.language_task import LanguageTask
 from pretrain.task import Task
 from pretrain.vision_config import VisionRunConfig
-from pretrain.vision_task import VisionTask
 
 
 def task_of(cfg: RunConfig) -> Task:
     """What `cfg` trains."""
     if isinstance(cfg, VisionRunConfig):
+        from pretrain.vision_task import VisionTask  # image decoders and transforms, which no language model needs
+
         return VisionTask(cfg)
     assert isinstance(cfg, LanguageRunConfig)
     return LanguageTask(cfg)

@@ -1,4 +1,6 @@
-"""The mixer between its projections for a few or many steps from a state, as decoding needs it: no gradients.
+"""The mixer between its projections for any number of steps from a state, as decoding needs it: no gradients.
+
+On a GPU a few steps are `modeling.ops.kernels.step`'s; this is its specification, and what reads prompts.
 
 Letters: b batch, t time, r rows of the packed projection, c channels (B, C, then x), h heads of the width in use, p
 headdim, n state, k conv taps, i inner (h x p).
@@ -12,13 +14,17 @@ from torch import Tensor
 
 from modeling.ops import norm
 from modeling.ops.conv import causal_conv_silu
-from modeling.ops.kernels.step import step
 from modeling.ops.ssd import ssd
 
 FEW_STEPS = 16
 """Up to this many steps the recurrence, step by step, is faster on a GPU than chunks."""
 NO_STEP = -1e4
 """A dt this low gives softplus(dt + bias) = 0 exactly: the step changes no state."""
+
+
+def is_few(n_steps: int, d_conv: int, device: torch.device) -> bool:
+    """Whether the kernels for a few steps run."""
+    return device.type == "cuda" and n_steps <= FEW_STEPS and d_conv == 4
 
 
 def mixer_step(
@@ -44,10 +50,6 @@ def mixer_step(
     are in use; `conv_state_bkc` holds the last k - 1 inputs of the convolution. Of row b the states take in the first
     absorb_b steps (int32, 0 to t), and outputs are those of all steps before that, or of all t where absorb_b is 0.
     """
-    few = projected_btr.shape[1] <= FEW_STEPS and conv_ck.shape[1] == 4
-    if projected_btr.is_cuda and few:
-        arguments = (projected_btr, conv_ck, conv_bias_c, A_h, D_h, dt_bias_h, norm_i)
-        return step(*arguments, conv_state_bkc, ssm_state_bhpn, absorb_b, held=held, eps=eps)
     heads, p, n = ssm_state_bhpn.shape[1:]
     t = projected_btr.shape[1]
     bc_btc, dt_bth, xz_bti = projected_btr.split([2 * n, held, 2 * heads * p], dim=-1)

@@ -14,7 +14,8 @@ from modeling.convert import cut_mix
 from modeling.decode import Conversation, generate, prefill
 from modeling.inference import InferenceModel, carry
 from modeling.language import LanguageModel
-from modeling.ops.kernels.step import step
+from modeling.ops.kernels.step import finish_step, mix_step, shift_groups
+from modeling.ops.norm import add_norm
 from modeling.ops.step import mixer_step
 from modeling.sampling import Sampling
 
@@ -193,7 +194,20 @@ def test_the_fused_step_equals_the_plain_one(heads: int, held: int, p: int, n: i
     )
     conv, ssm = normal(b, 3, channels, dtype=dtype), normal(b, heads, p, n)
     plain_conv, plain_ssm = conv.clone(), ssm.clone()
-    out = step(projected_btr, *weights, conv, ssm, absorb_b, held=held, eps=1e-5)
+    gated, squares = mix_step(projected_btr, *weights, conv, ssm, absorb_b, held=held)
+    scale = torch.rsqrt(squares.sum(-1, keepdim=True) / (heads * p) + 1e-5)
+    out = gated.float() * scale
+    # The residual stream and the next norm; and what B and C saw, moved on here or by itself.
+    x_btd, branch_btd, next_norm_d = normal(b, t, 24), normal(b, t, 24, dtype=dtype), normal(24)
+    alone = conv.clone()
+    shift_groups(alone, projected_btr, absorb_b, inner=heads * p)
+    total, normed = finish_step(
+        x_btd, branch_btd, squares, next_norm_d, conv, projected_btr, absorb_b, inner=heads * p, eps=1e-5, dtype=dtype
+    )
+    assert torch.equal(conv, alone)
+    torch.testing.assert_close(total, x_btd + branch_btd.float() * scale, rtol=1e-5, atol=1e-5)
+    expected = add_norm(total.cpu(), None, next_norm_d.cpu(), eps=1e-5, dtype=dtype)[1]
+    assert relative(normed.cpu().float(), expected.float()) < (TOLERANCE if dtype == torch.float32 else 2e-2)
     cpu = [v.cpu() for v in (projected_btr, *weights)]
     plain_states = plain_conv.cpu(), plain_ssm.cpu()
     plain = mixer_step(*cpu, *plain_states, absorb_b.cpu(), held=held, chunk_size=8, eps=1e-5)

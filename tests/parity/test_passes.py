@@ -129,6 +129,31 @@ def test_replayed_passes_of_a_classifier_drop_what_launched_ones_do() -> None:
     assert len(set(losses)) == 4, "the numbers are read, and not what they were at capture"
 
 
+def test_a_pass_that_cannot_be_captured_is_launched_and_said_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model, run = model_and_pass(in_place=True)
+    calls: list[LayerWidths] = []
+
+    def counted(widths: LayerWidths, inputs: PassInputs) -> Loss:
+        calls.append(widths)
+        return run(widths, inputs)
+
+    passes = GraphedPasses(counted)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(passes, "_capture", refuse)
+    inputs = inputs_of(0, documents=False)
+    for _ in range(3):
+        passes(CFG.layer_widths(8), inputs)
+    assert calls == [CFG.layer_widths(8)] * 3, "each pass ran once"
+    assert sum("not permitted" in record.message for record in caplog.records) == 1
+    assert gradients(model)["blocks.0.mixer.D"].any()
+
+
 RAW = {
     "run_dir": "runs/test",
     "model": {"n_layers": 2, "d_model": 32, "headdim": 4, "widths": [16, 8], "vocab_size": 64},
@@ -141,7 +166,7 @@ RAW = {
     ("section", "values", "why"),
     [
         ("", {}, None),
-        ("", {"cuda_graphs": "off"}, "cuda_graphs=off"),
+        ("", {"cuda_graphs": "never"}, "cuda_graphs=never"),
         ("parallel", {"zero_stage": 2}, "ZeRO 2"),
         ("parallel", {"tensor": 2}, "collectives"),
         ("nesting", {"distill_weight": 0.5}, "teacher"),

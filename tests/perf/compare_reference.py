@@ -1,6 +1,7 @@
 """Joint training throughput of ours beside the public MatMamba's, in one process on one GPU.
 
-    python -m tests.perf.compare_reference --reference DIR [--models 130m 370m] [--out docs/benchmarks/compare_reference.json]
+    python -m tests.perf.compare_reference --reference DIR [--models 130m 370m] [--longer 4096 8192]
+        [--recompute states selective] [--out docs/benchmarks/compare_reference.json]
 
 DIR holds a checkout of the public code (its `matmamba` package) and whatever that imports and this environment lacks,
 such as `causal_conv1d`, without which its fused path does not run. Both sides do the forward and backward passes of all
@@ -29,6 +30,7 @@ from modeling.flops import training_flops_per_token
 from modeling.language import LanguageModel
 from modeling.loss import Loss, next_token_loss
 from modeling.nesting import LayerWidths
+from modeling.ops.fused_mixer import Recompute as MixerRecompute
 from modeling.ops.upstream import allow_import_without_cuda_extension
 from pretrain.gradients import GradientBuffer
 from pretrain.passes import GraphedPasses, Pass, PassInputs
@@ -70,15 +72,19 @@ def model_of(cfg: LanguageConfig) -> tuple[LanguageModel, Pass]:
     return model, run
 
 
-def ours(name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:
+def ours(launched: Pass, name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:
     """Forward and backward of one width of ours as CUDA graphs; the argument is the level, 1 for the full width."""
-    cfg = config_of(name)
-    _, launched = model_of(cfg)
-    passes = GraphedPasses(launched)
+    cfg, passes = config_of(name), GraphedPasses(launched)
     inputs = PassInputs(
         tokens_bt[:, :-1].contiguous(), tokens_bt[:, 1:].contiguous(), None, torch.ones((), device=tokens_bt.device)
     )
     return lambda level: void(passes(cfg.layer_widths(cfg.n_heads // level), inputs))
+
+
+def recompute(model: LanguageModel, mode: MixerRecompute) -> None:
+    """What the model's mixers compute again in backward, from the next pass on."""
+    for block in model.blocks:
+        block.mixer.recompute = mode
 
 
 def void(_: object) -> None:
@@ -132,15 +138,17 @@ def tokens_of(name: str, sequence: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (rows, sequence + 1), generator=torch.Generator().manual_seed(0)).cuda()
 
 
-def measure(build: Builder, name: str, tokens_bt: torch.Tensor, steps: int) -> dict[str, Any]:
-    """Seconds of a joint step and of each width's share, the first step's seconds, and peak GiB."""
-    result = _measure(build(name, tokens_bt), steps)
+def measure(
+    build: Builder, name: str, tokens_bt: torch.Tensor, steps: int, *, levels: tuple[int, ...] = LEVELS
+) -> dict[str, Any]:
+    """Seconds of a joint step and of the share of each of `levels`, the first step's seconds, and peak GiB."""
+    result = _measure(build(name, tokens_bt), steps, levels)
     gc.collect()
     torch.cuda.empty_cache()
     return result
 
 
-def _measure(run: Callable[[int], None], steps: int) -> dict[str, Any]:
+def _measure(run: Callable[[int], None], steps: int, levels: tuple[int, ...]) -> dict[str, Any]:
     def joint() -> None:
         for level in LEVELS:
             run(level)
@@ -153,7 +161,7 @@ def _measure(run: Callable[[int], None], steps: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"first_step": first_step, "joint": seconds(joint, steps)}
     result["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-    for level in LEVELS:
+    for level in levels:
         result[str(level)] = seconds(partial(run, level), max(2, steps // 2), 1)
     return result
 
@@ -169,20 +177,27 @@ def matmul_rate() -> float:
 
 
 def rows_of(
-    name: str, mine: dict[str, Any], theirs: dict[str, Any] | None, rate: float, sequence: int
+    name: str,
+    mine: dict[str, Any],
+    theirs: dict[str, Any] | None,
+    rate: float,
+    *,
+    sequence: int = SEQUENCE,
+    mode: str = "none",
 ) -> list[dict[str, Any]]:
-    """The JSON rows of one model: the joint step, then each width."""
+    """The JSON rows of one model: the joint step, then each width that was timed; `mode` is activation_checkpointing's."""
     cfg, tokens = config_of(name), SIZES[name][2] * SEQUENCE
     flops = {str(level): training_flops_per_token(cfg, cfg.layer_widths(cfg.n_heads // level)) for level in LEVELS}
     flops["joint"] = sum(flops.values())
     rows = []
-    for width in ("joint", *map(str, LEVELS)):
+    for width in [width for width in ("joint", *map(str, LEVELS)) if width in mine]:
         tok_s = tokens / mine[width]
         rows.append(
             {
                 "model": name,
                 "width": width if width in ("joint", "1") else f"1/{width}",
                 "sequence": sequence,
+                "activation_checkpointing": mode,
                 "reference_tok_s": None if theirs is None else round(tokens / theirs[width]),
                 "ours_tok_s": round(tok_s),
                 "ratio": None if theirs is None else round(theirs[width] / mine[width], 3),
@@ -198,6 +213,32 @@ def rows_of(
     return rows
 
 
+def compare(name: str, args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    """All rows of one model: ours and the reference's, ours at other lengths, ours in less memory."""
+    model, launched = model_of(config_of(name))
+    build = partial(ours, launched)
+    mine = measure(build, name, tokens_of(name, SEQUENCE), args.steps)
+    others: list[dict[str, Any]] = []
+    for sequence in args.longer:
+        longer = measure(build, name, tokens_of(name, sequence), args.steps, levels=())
+        others += rows_of(name, longer, None, rate, sequence=sequence)
+    for mode in args.recompute:
+        recompute(model, "inside" if mode == "selective" else mode)
+        again = measure(build, name, tokens_of(name, SEQUENCE), args.steps, levels=())
+        others += rows_of(name, again, None, rate, mode=mode)
+    del model, launched, build
+    gc.collect()
+    torch.cuda.empty_cache()
+    theirs = None
+    if args.reference is not None:
+        theirs = measure(reference, name, tokens_of(name, SEQUENCE), args.steps)
+    rows = [*rows_of(name, mine, theirs, rate), *others]
+    for row in rows:
+        if row["width"] == "joint":
+            print(json.dumps(row), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="folder with the public matmamba package; without it ours alone")
@@ -205,6 +246,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument(
         "--longer", type=int, nargs="*", default=[], help="also ours alone at these lengths, equal tokens"
+    )
+    parser.add_argument(
+        "--recompute", choices=("states", "selective"), nargs="*", default=[], help="also ours alone, to save memory"
     )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/compare_reference.json"))
     args = parser.parse_args()
@@ -218,26 +262,18 @@ def main() -> None:
     print(f"8192-cubed bfloat16 product: {rate / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        for sequence in (SEQUENCE, *args.longer):
-            ids = tokens_of(name, sequence)
-            mine = measure(ours, name, ids, args.steps)
-            beside = args.reference is not None and sequence == SEQUENCE
-            theirs = measure(reference, name, ids, args.steps) if beside else None
-            rows += rows_of(name, mine, theirs, rate, sequence)
-            joint = rows[-len(LEVELS) - 1]
-            print(json.dumps(joint), flush=True)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+        rows += compare(name, args, rate)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
     print(
-        "\n| model | width | sequence | reference tok/s | ours tok/s | ratio (goal) | MFU | reference GiB | ours GiB |"
+        "\n| model | width | sequence | recompute | reference tok/s | ours tok/s | ratio (goal) | MFU | GiB: reference | ours |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---" * 10 + "|")
     for row in rows:
         goal = f" ({GOALS[row['model']]})" if row["width"] == "joint" else ""
-        print(
-            f"| {row['model']} | {row['width']} | {row['sequence']} | {row['reference_tok_s']} | {row['ours_tok_s']} | {row['ratio']}{goal} "
-            f"| {row['mfu']:.1%} | {row['reference_peak_gib']} | {row['ours_peak_gib']} |"
-        )
+        cells = [row[key] for key in ("model", "width", "sequence", "activation_checkpointing")]
+        cells += [row["reference_tok_s"], row["ours_tok_s"], f"{row['ratio']}{goal}", f"{row['mfu']:.1%}"]
+        print("| " + " | ".join(map(str, [*cells, row["reference_peak_gib"], row["ours_peak_gib"]])) + " |")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
                 (8, 3, {"maxnreg": 128}),
             ]
         ]
-        for kernel in ("outputs", "inputs_gradients", "c_gradients", "b_gradients")
+        for kernel in ("outputs", "inputs_gradients", "group_gradients")
     },
 }
 
@@ -93,8 +93,7 @@ def needs(name: str, level: int) -> dict[str, Needs]:
         "_outputs": (m * (4 * i + 4 * n + 8 * h) + states, m * (2 * i * n + chunk * (i + n))),
         "_state_gradients": (m * (2 * i + 2 * n + 4 * h) + states, m * 2 * i * n),
         "_inputs_gradients": (m * (6 * i + 4 * n + 24 * h) + states, m * (2 * i * n + chunk * (2 * i + n))),
-        "_c_gradients": (m * (2 * i + 6 * n + 8 * h) + 2 * states, m * (4 * i * n + chunk * n)),
-        "_b_gradients": (m * (2 * i + 4 * n + 8 * h) + states, m * (2 * i * n + chunk * n)),
+        "_group_gradients": (m * (4 * i + 8 * n + 12 * h) + 2 * states, m * (6 * i * n + 2 * chunk * n)),
         "_rate_gradients": (m * h * 26, 0),
         "_gated_forward": (m * i * 6, 0),
         "_gated_backward": (m * i * 10, 0),

@@ -75,7 +75,7 @@ def start(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> sub
     folder = args.folder / name
     overrides = [*args.overrides, f"run_dir={folder}", f"seed={seed}", f"optim.steps={args.steps}"]
     overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
-    overrides += ["cuda_graphs=off"] if plain else []
+    overrides += ["cuda_graphs=never"] if plain else []
     worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
     print(f"{name}: {args.steps} steps", flush=True)
     return subprocess.Popen(worker)

@@ -1,13 +1,13 @@
-"""The scan's backward pass, in five kernels. Notation as in scan_forward: S is the state before a chunk, dS the loss's
+"""The scan's backward pass, in four kernels. Notation as in scan_forward: S is the state before a chunk, dS the loss's
 gradient by the state after it; M = (C B^T) L with L_ls = delta_s e^(a_l - a_s), for s <= l, so that y = M x + ...
 
 1. `_state_gradients` walks one sequence's chunks backwards for a tile of heads, dS in registers:
        dS <- e^(a_end) dS + sum over l of e^(a_l) C_l dy_l^T.
 2. `_inputs_gradients` has a program a chunk and loops over heads, so that d(C B^T) is summed in registers:
        dM = dy x^T      d(C B^T) = sum over heads of dM L      dx = M^T dy + delta e^(a_end - a) B dS + D dy.
-3. `_c_gradients` and 4. `_b_gradients`: B and C feed every head, so theirs is one long product over all channels:
+3. `_group_gradients`: B and C feed every head, so theirs is one long product over all channels:
        dC = (e^a dy) S^T + d(C B^T) B      dB = (e^(a_end - a) delta x) dS^T + d(C B^T)^T C.
-5. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
+4. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
        da = rowsum(dM M) - colsum(dM M) + e^a dy . C S - delta e^(a_end - a) x . B dS, and at the end e^(a_end) S . dS.
    In the running sum that follows, the row and column sums of the pairs inside it must cancel. colsum(dM M) is taken as
    x . M^T dy, a sum over channels, not over a column that lies in all warps; both come from one M, as rounded for the
@@ -71,7 +71,7 @@ def _state_gradients(
 @triton.jit
 def _inputs_gradients(
     x_tiles, group_tiles, dy_tiles, grad_state_tiles, grad_x_tiles, decay_ptr, source_ptr, D_ptr, seq_ptr,
-    grad_scores_ptr, by_target_ptr, by_source_ptr, sent_ptr, skipped_ptr, T, H, n_chunks, heads_each,
+    grad_scores_ptr, rows_ptr, T, H, n_chunks, heads_each,
     N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
@@ -97,15 +97,19 @@ def _inputs_gradients(
         dy32 = dy.to(tl.float32)
 
         grad_x = tl.dot(B, dS, input_precision="ieee") * (tl.exp2(end - source) * to_end)[:, None]
-        tl.store(sent_ptr + steps + l, tl.sum(grad_x * x32, axis=1))
-        tl.store(skipped_ptr + steps + l, tl.sum(dy32 * x32, axis=1))
+        sent = tl.sum(grad_x * x32, axis=1)
+        skipped = tl.sum(dy32 * x32, axis=1)
         weights = reach(decay, source)
         dM = tl.dot(dy, tl.trans(x), input_precision="ieee")
         grad_scores += dM * weights
         M = rounded(scores * weights, dy.dtype)
-        tl.store(by_target_ptr + steps + l, tl.sum(dM * M, axis=1))
+        by_target = tl.sum(dM * M, axis=1)
         grad_x = tl.dot(tl.trans(M.to(dy.dtype)), dy, grad_x, input_precision="ieee")
-        tl.store(by_source_ptr + steps + l, tl.sum(grad_x * x32, axis=1))
+        by_source = tl.sum(grad_x * x32, axis=1)
+        # All four in one store: each of its own would cost an exchange of layouts.
+        rows = tl.permute(tl.join(tl.join(by_target, by_source), tl.join(sent, skipped)), (0, 2, 1))
+        pair = tl.arange(0, 2)
+        tl.store(rows_ptr + (steps + l)[:, None, None] * 4 + pair[None, :, None] * 2 + pair[None, None, :], rows)
         grad_x += tl.load(D_ptr + h) * dy32
         grad_x_tiles.store([b, t, h, 0], grad_x.to(dy.dtype).reshape(1, CHUNK, 1, COLUMNS))
     out = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * tl.num_programs(0) + part) * (CHUNK * CHUNK)
@@ -124,9 +128,9 @@ def _score_gradients(grad_scores_ptr, b, c, n_chunks, parts, CHUNK: tl.constexpr
 
 
 @triton.jit
-def _c_gradients(
-    group_tiles, dy_tiles, state_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, seq_ptr, grad_scores_ptr, parts,
-    reached_ptr, decayed_ptr, T, H, n_chunks,
+def _group_gradients(
+    group_tiles, x_tiles, dy_tiles, state_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, source_ptr, seq_ptr,
+    grad_scores_ptr, parts, reached_ptr, decayed_ptr, T, H, n_chunks,
     N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
@@ -134,55 +138,43 @@ def _c_gradients(
     l = tl.arange(0, CHUNK)
     t = c * CHUNK
     C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
-    _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
-    total = tl.zeros([CHUNK, N], tl.float32)
+    _, from_before, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+    grad_C = tl.zeros([CHUNK, N], tl.float32)
+    grad_B = tl.zeros([CHUNK, N], tl.float32)
     for h in range(H):
         steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
         row = (b * n_chunks + c) * H + h
         S = state_tiles.load([row * N, 0])
         dS = grad_state_tiles.load([row * N, 0])
         dy = dy_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
+        x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
         into = tl.exp2(tl.load(decay_ptr + steps + l)) * from_before
         end = tl.load(decay_ptr + steps + CHUNK - 1)
+        sent = tl.exp2(end - tl.load(source_ptr + steps + l)) * to_end
         dy_into = dy.to(tl.float32) * into[:, None]
         carried = tl.dot(C, S, input_precision="ieee")
         tl.store(reached_ptr + steps + l, tl.sum(carried * dy_into, axis=1))
         decayed = tl.sum(S.to(tl.float32) * dS.to(tl.float32))
         tl.store(decayed_ptr + row, decayed * tl.exp2(end) * keep)
-        total = tl.dot(dy_into.to(dy.dtype), tl.trans(S), total, input_precision="ieee")
-    grad_scores = _score_gradients(grad_scores_ptr, b, c, n_chunks, parts, CHUNK)
+        grad_C = tl.dot(dy_into.to(dy.dtype), tl.trans(S), grad_C, input_precision="ieee")
+        x_sent = (x.to(tl.float32) * sent[:, None]).to(x.dtype)
+        grad_B = tl.dot(x_sent, tl.trans(dS), grad_B, input_precision="ieee")
+    # d(C B^T) of the chunk: the sum of what each part of the heads left.
+    grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for part in range(parts):
+        at = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * parts + part) * (CHUNK * CHUNK)
+        grad_scores += tl.load(at + l[:, None] * CHUNK + l[None, :])
+    low = grad_scores.to(C.dtype)
     B = group_tiles.load([b, t, 0]).reshape(CHUNK, N)
-    total = tl.dot(grad_scores.to(B.dtype), B, total, input_precision="ieee")
-    grad_group_tiles.store([b, t, N], total.to(B.dtype).reshape(1, CHUNK, N))
-
-
-@triton.jit
-def _b_gradients(
-    group_tiles, x_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, source_ptr, seq_ptr, grad_scores_ptr, parts,
-    T, H, n_chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0)
-    b = tl.program_id(1)
-    l = tl.arange(0, CHUNK)
-    t = c * CHUNK
-    _, _, to_end, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
-    total = tl.zeros([CHUNK, N], tl.float32)
-    for h in range(H):
-        steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
-        dS = grad_state_tiles.load([((b * n_chunks + c) * H + h) * N, 0])
-        x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
-        sent = tl.exp2(tl.load(decay_ptr + steps + CHUNK - 1) - tl.load(source_ptr + steps + l)) * to_end
-        total = tl.dot((x.to(tl.float32) * sent[:, None]).to(x.dtype), tl.trans(dS), total, input_precision="ieee")
-    grad_scores = _score_gradients(grad_scores_ptr, b, c, n_chunks, parts, CHUNK)
-    C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
-    total = tl.dot(tl.trans(grad_scores.to(C.dtype)), C, total, input_precision="ieee")
-    grad_group_tiles.store([b, t, 0], total.to(C.dtype).reshape(1, CHUNK, N))
+    grad_C = tl.dot(low, B, grad_C, input_precision="ieee")
+    grad_group_tiles.store([b, t, N], grad_C.to(C.dtype).reshape(1, CHUNK, N))
+    grad_B = tl.dot(tl.trans(low), C, grad_B, input_precision="ieee")
+    grad_group_tiles.store([b, t, 0], grad_B.to(C.dtype).reshape(1, CHUNK, N))
 
 
 @triton.jit
 def _rate_gradients(
-    delta_ptr, A_log_ptr, by_target_ptr, by_source_ptr, sent_ptr, reached_ptr, decayed_ptr, skipped_ptr,
+    delta_ptr, A_log_ptr, rows_ptr, reached_ptr, decayed_ptr,
     grad_dt_ptr, dt_stride, sums_ptr, T, H, n_chunks,
     CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -194,12 +186,12 @@ def _rate_gradients(
     place = (b * H + h)[None, :] * (n_chunks * CHUNK) + t[:, None]
     mask = (t >= 0)[:, None] & owned[None, :]
     delta = tl.load(delta_ptr + place, mask=mask, other=0.0)
-    by_source = tl.load(by_source_ptr + place, mask=mask, other=0.0)
-    grad_a = tl.load(by_target_ptr + place, mask=mask, other=0.0) - by_source
+    by_source = tl.load(rows_ptr + place * 4 + 1, mask=mask, other=0.0)
+    grad_a = tl.load(rows_ptr + place * 4, mask=mask, other=0.0) - by_source
     grad_a += tl.load(reached_ptr + place, mask=mask, other=0.0)
     at = (b * n_chunks + c) * H + h
     grad_end = tl.load(decayed_ptr + at, mask=owned, other=0.0) + tl.sum(
-        tl.load(sent_ptr + place, mask=mask, other=0.0), axis=0
+        tl.load(rows_ptr + place * 4 + 2, mask=mask, other=0.0), axis=0
     )
     # Every step's delta * A is in the running sums at and after it, the chunk's end included.
     grad_rate = tl.cumsum(grad_a, axis=0, reverse=True) + grad_end[None, :]
@@ -211,7 +203,7 @@ def _rate_gradients(
     grad_dt = grad_delta * slope
     out = grad_dt_ptr + (b * T + t)[:, None] * dt_stride + h[None, :]
     tl.store(out, grad_dt.to(grad_dt_ptr.dtype.element_ty), mask=(t < T)[:, None] & owned[None, :])
-    skipped = tl.load(skipped_ptr + place, mask=mask, other=0.0)
+    skipped = tl.load(rows_ptr + place * 4 + 3, mask=mask, other=0.0)
     out = sums_ptr + (b * n_chunks + c) * 3 * H + h
     tl.store(out, tl.sum(grad_rate * delta, axis=0) * A, mask=owned)
     tl.store(out + H, tl.sum(grad_dt, axis=0), mask=owned)
@@ -242,9 +234,9 @@ def scan_backward(
     grad_states, grad_mixed = torch.empty_like(states), torch.empty_like(mixed_btc)
     x, group, dy = head_tiles(mixed_btc, h, headdim), group_tiles(mixed_btc, n), head_tiles(grad_y_bti, h, headdim)
     S, dS, grad_group = state_tiles(states), state_tiles(grad_states), group_tiles(grad_mixed, n)
-    by_target, by_source, sent, reached, skipped = torch.empty(
-        5, *steps.delta.shape, dtype=torch.float32, device=mixed_btc.device
-    ).unbind()
+    # Of each step and head: rowsum(dM M), colsum(dM M), what it sends to the end, dy . x.
+    rows = torch.empty(*steps.delta.shape, 4, dtype=torch.float32, device=mixed_btc.device)
+    reached = torch.empty_like(steps.delta)
     decayed = torch.empty(b, n_chunks, h, dtype=torch.float32, device=mixed_btc.device)
     launch = launch_of("state_gradients", columns, dtype)
     _state_gradients[(triton.cdiv(h, launch["HEADS"]), b)](
@@ -255,21 +247,17 @@ def scan_backward(
     grad_scores = torch.empty(b, n_chunks, parts, CHUNK, CHUNK, dtype=torch.float32, device=mixed_btc.device)
     _inputs_gradients[(parts, n_chunks, b)](
         x, group, dy, dS, head_tiles(grad_mixed, h, headdim), steps.decay, steps.source, D_h, seq_idx_bt,
-        grad_scores, by_target, by_source, sent, skipped, t, h, n_chunks, each,
+        grad_scores, rows, t, h, n_chunks, each,
         **shape, **launch_of("inputs_gradients", columns, dtype),
     )  # fmt: skip
-    _c_gradients[(n_chunks, b)](
-        group, dy, S, dS, grad_group, steps.decay, seq_idx_bt, grad_scores, parts, reached, decayed, t, h, n_chunks,
-        **shape, **launch_of("c_gradients", columns, dtype),
-    )  # fmt: skip
-    _b_gradients[(n_chunks, b)](
-        group, x, dS, grad_group, steps.decay, steps.source, seq_idx_bt, grad_scores, parts, t, h, n_chunks,
-        **shape, **launch_of("b_gradients", columns, dtype),
+    _group_gradients[(n_chunks, b)](
+        group, x, dy, S, dS, grad_group, steps.decay, steps.source, seq_idx_bt, grad_scores, parts, reached, decayed,
+        t, h, n_chunks, **shape, **launch_of("group_gradients", columns, dtype),
     )  # fmt: skip
     sums = torch.empty(b, n_chunks, 3, h, dtype=torch.float32, device=mixed_btc.device)
     _rate_gradients[(n_chunks, triton.cdiv(h, 16), b)](
-        steps.delta, A_log_h, by_target, by_source, sent, reached, decayed, skipped,
-        grad_dt_bth, grad_dt_bth.stride(1), sums, t, h, n_chunks, CHUNK=CHUNK, HEADS_AT_ONCE=16, num_warps=4,
+        steps.delta, A_log_h, rows, reached, decayed, grad_dt_bth, grad_dt_bth.stride(1), sums, t, h, n_chunks,
+        CHUNK=CHUNK, HEADS_AT_ONCE=16, num_warps=4,
     )  # fmt: skip
     grad_A_log, grad_bias, grad_D = sums.sum((0, 1)).unbind()
     return grad_mixed, grad_A_log, grad_bias, grad_D

@@ -34,8 +34,7 @@ LAUNCH: dict[str, dict[int, dict[str, int]]] = {
         64: {"HEADS": 1, "num_warps": 4, "num_stages": 3},
     },
     "inputs_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}},
-    "c_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
-    "b_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 3}},
+    "group_gradients": {32: {"num_warps": 4, "num_stages": 2}, 64: {"num_warps": 8, "num_stages": 3}},
 }
 """How each kernel is launched, by the width of its tile; HEADS are those that one program walks side by side. Fixed, so that
 no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100
