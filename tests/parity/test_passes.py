@@ -34,7 +34,7 @@ def model_and_pass(*, in_place: bool) -> tuple[LanguageModel, Pass]:
         hidden_btd = model(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
         loss = next_token_loss(model, hidden_btd, inputs.targets_bt)
         (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.next_token)
+        return Loss(loss.total.detach(), loss.cross_entropy)
 
     return model, run
 
@@ -80,7 +80,7 @@ def test_replayed_passes_are_the_launched_ones_bit_for_bit(documents: bool) -> N
             inputs = inputs_of(seed, documents=documents)
             expected, found = launched(widths, inputs), replayed(widths, inputs)
             assert torch.equal(expected.total, found.total), (seed, widths)
-            assert torch.equal(expected.next_token, found.next_token), (seed, widths)
+            assert torch.equal(expected.cross_entropy, found.cross_entropy), (seed, widths)
         for name, gradient in gradients(launched_model).items():
             assert torch.equal(gradient, gradients(replayed_model)[name]), (seed, name)
 
@@ -101,7 +101,7 @@ def vision_model_and_pass() -> tuple[VisionModel, Pass]:
         features_bd = model(inputs.images_bchw, widths, noise=Noise(3, inputs.number_b))
         loss, _ = classification_loss(model, features_bd, inputs.target_bk)
         (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.next_token)
+        return Loss(loss.total.detach(), loss.cross_entropy)
 
     return model, run
 
