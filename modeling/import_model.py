@@ -1,4 +1,4 @@
-"""A Mamba2 that others trained, as a model folder of ours: to warm-start a nested run, to decode, to export again.
+"""A Mamba2 or MatMamba-Vision that others trained, as a model folder of ours: to warm-start a nested run, to decode, to export again.
 
     python -m modeling.import_model SOURCE -o DIR [--widths 1,1/2,1/4,1/8] [--reorder-heads] [--vocab-size N]
 
@@ -7,6 +7,7 @@
 | a folder of mamba-ssm's | config.json with ssm_cfg.layer Mamba2, and pytorch_model.bin or model.safetensors |
 | a folder of transformers' | config.json with model_type mamba2, and model.safetensors or pytorch_model.bin, in one file or several |
 | a file | a state dict of mamba-ssm's or the public MatMamba's names: .safetensors, .bin, .pt, .pth |
+| a folder of the public MatMamba2Vision's, or its state dict | what its save_pretrained or training script writes |
 
 Sizes are read off the tensors; a config that disagrees with them is refused, as is what our models do not have: several B/C
 groups, attention or MLP layers, biases, a head that is not the embedding. Pickles are read as plain tensors or not at all.
@@ -19,7 +20,7 @@ import json
 import math
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -30,10 +31,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modeling.config import LanguageConfig
+from modeling.config import LanguageConfig, VisionConfig
 from modeling.convert import StateDict, from_hf, from_mamba_ssm
 from modeling.export import export
 from modeling.head_order import importance_order, reorder_heads
+from modeling.import_vision import PATCHES, read_vision
 from modeling.nesting import parse_width
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -45,7 +47,9 @@ class ImportModelError(ValueError):
     """A model that cannot be imported; the message says which file, what is wrong, and the way out."""
 
 
-def read_model(source: Path, *, vocab_size: int | None = None) -> tuple[StateDict, LanguageConfig]:
+def read_model(
+    source: Path, *, vocab_size: int | None = None
+) -> tuple[StateDict, LanguageConfig] | tuple[StateDict, VisionConfig]:
     """Our logical state dict (float32, CPU) of the model at `source`, and its config with one width, the full one.
 
     `vocab_size` is the number of tokens where the source does not say it, or counts padding rows. Raises ImportModelError.
@@ -53,10 +57,15 @@ def read_model(source: Path, *, vocab_size: int | None = None) -> tuple[StateDic
     if not source.exists():
         raise ImportModelError(f"{source}: no such file or folder")
     if source.is_dir():
-        about = _read_json(source / "config.json")
-        theirs, said = _read_folder(source), _understand(about, source / "config.json")
+        about, theirs = _read_json(source / "config.json"), _read_folder(source)
     else:
-        theirs, said = _read_file(source), {}
+        about, theirs = {}, _read_file(source)
+    if PATCHES in theirs:
+        try:
+            return read_vision(theirs, about)
+        except (ValueError, TypeError) as error:
+            raise ImportModelError(f"{source}: {error}") from None
+    said = _understand(about, source / "config.json") if source.is_dir() else {}
     if "backbone.embeddings.weight" in theirs:
         theirs = from_hf(theirs)
     rest = {key: value for key, value in said.items() if key not in ("chunk_size", "norm_eps", "vocab_size")}
@@ -204,12 +213,15 @@ def _tokenizer_of(source: Path, given: Path | None) -> Path | None:
     return given or (beside if beside.is_file() else None)
 
 
-def describe(cfg: LanguageConfig, folder: Path) -> str:
+def describe(cfg: LanguageConfig | VisionConfig, folder: Path) -> str:
     """The lines of a run's config that start it from the imported model."""
-    keys: Sequence[str] = ("n_layers", "d_model", "headdim", "n_heads", "d_state", "d_conv", "chunk_size", "vocab_size")
+    keys = ["n_layers", "d_model", "headdim", "n_heads", "d_state", "d_conv", "chunk_size"]
+    vision = isinstance(cfg, VisionConfig)
+    keys += ["n_classes", "image_size", "patch_size", "pool", "norm"] if vision else ["vocab_size"]
     lines = [f"  {key}: {getattr(cfg, key)}" for key in keys]
     lines += [f"  norm_eps: {cfg.norm_eps!r}", f"  widths: {list(cfg.widths)}"]
-    return "\n".join(["model:", *lines, "checkpoint:", f"  init_from: {folder}"])
+    task = ["task: vision"] if vision else []
+    return "\n".join([*task, "model:", *lines, "checkpoint:", f"  init_from: {folder}"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,11 +247,13 @@ def main(argv: list[str] | None = None) -> int:
         cfg = replace(cfg, widths=tuple(parse_width(part, cfg.n_heads) for part in args.widths.split(",")))
         moved = ""
         if args.reorder_heads:
+            if not isinstance(cfg, LanguageConfig):
+                raise ValueError("--reorder-heads is for models that were never nested; a MatMamba2Vision was")
             orders = importance_order(state, cfg)
             state = reorder_heads(state, cfg, orders)
             n_moved = sum(place != head for order in orders for place, head in enumerate(order))
             moved = f"; {n_moved} of {cfg.n_layers * cfg.n_heads} heads have a new place"
-        tokenizer = _tokenizer_of(args.source, args.tokenizer)
+        tokenizer = _tokenizer_of(args.source, args.tokenizer) if isinstance(cfg, LanguageConfig) else None
         export(state, cfg, cfg.layer_widths(cfg.n_heads), "matmamba", args.output, tokenizer=tokenizer)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,12 +24,12 @@ TOKENS_PER_PIECE = 8192
 
 
 class Loss(NamedTuple):
-    """Means over the tokens of a micro-batch, float32 scalars, equal on all ranks of tp."""
+    """Means over the tokens or images of a micro-batch, float32 scalars, equal on all ranks of tp."""
 
     total: Tensor
-    """What to minimise: next_token + distill_weight * distillation."""
-    next_token: Tensor
-    """Cross-entropy of the next token in nats; carries no gradient of its own."""
+    """What to minimise: cross_entropy + distill_weight * distillation."""
+    cross_entropy: Tensor
+    """With the targets alone, of the next token or of an image's class, in nats; carries no gradient of its own."""
 
 
 def next_token_loss(
@@ -49,7 +49,7 @@ def next_token_loss(
     tp = model.tp
     hidden_md = hidden_btd.flatten(0, 1)
     teacher_md = None if teacher_btd is None else teacher_btd.detach().flatten(0, 1)
-    total, next_token = _PiecewiseLoss.apply(
+    total, cross_entropy = _PiecewiseLoss.apply(
         hidden_md,
         model.embedding,
         targets_bt.flatten() - model.vocab.start,
@@ -60,7 +60,7 @@ def next_token_loss(
         model.embedding.grad if model.in_place_gradients else None,
         torch.is_grad_enabled(),
     )
-    return Loss(total, next_token)
+    return Loss(total, cross_entropy)
 
 
 def cross_entropy_sum(logits_mv: Tensor, local_targets_m: Tensor, tp: TensorParallel) -> Tensor:
@@ -130,7 +130,7 @@ class _PiecewiseLoss(torch.autograd.Function):
         n_tokens, head_vd = hidden_md.shape[0], embedding_vd.to(hidden_md.dtype)
         # Gradients are always off in here, and needs_input_grad does not know whether they were on outside.
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
-        total, next_token = torch.zeros((2, 1), device=hidden_md.device).unbind()
+        total, cross_entropy = torch.zeros((2, 1), device=hidden_md.device).unbind()
         grad_hidden_md = torch.empty_like(hidden_md) if needs_grad else None
         grad_head_vd = torch.zeros_like(embedding_vd) if needs_grad else None
         for start in range(0, n_tokens, TOKENS_PER_PIECE):
@@ -145,7 +145,7 @@ class _PiecewiseLoss(torch.autograd.Function):
                     None if grad_hidden_md is None else grad_hidden_md[piece],
                     grad_head_vd,
                 )
-                next_token.copy_(total)
+                cross_entropy.copy_(total)
                 continue
             with torch.set_grad_enabled(needs_grad):
                 hidden, head = hidden_md[piece].detach(), head_vd.detach()
@@ -164,12 +164,12 @@ class _PiecewiseLoss(torch.autograd.Function):
                     grad_hidden_md[piece], grad_head = torch.autograd.grad(loss, (hidden, head))
                     grad_head_vd += grad_head
             total += loss.detach()
-            next_token += ce.detach()
+            cross_entropy += ce.detach()
         ctx.save_for_backward(grad_hidden_md, grad_head_vd)
         ctx.head_sum_vd = head_sum_vd
-        next_token = next_token.squeeze(0)
-        ctx.mark_non_differentiable(next_token)
-        return total.squeeze(0), next_token
+        cross_entropy = cross_entropy.squeeze(0)
+        ctx.mark_non_differentiable(cross_entropy)
+        return total.squeeze(0), cross_entropy
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -59,7 +59,7 @@ def fit(model: LanguageModel, loader: TokenLoader, device: torch.device, *, step
             hidden_btd = model(moved.tokens_bt, model.held, seq_idx_bt=moved.seq_idx_bt)
             loss = next_token_loss(model, hidden_btd, moved.targets_bt)
             (loss.total / len(batches)).backward()
-            total += float(loss.next_token) / len(batches)
+            total += float(loss.cross_entropy) / len(batches)
         torch.nn.utils.clip_grad_norm_(fitted, 1.0)
         optimizer.step()
         optimizer.zero_grad()

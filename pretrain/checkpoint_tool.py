@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from modeling import nesting
-from modeling.checkpoint_reader import CheckpointError, Reader
+from modeling.checkpoint_reader import WEIGHTS, WEIGHTS_HELP, CheckpointError, Reader
 from modeling.convert import cut
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.checkpoint_model import find_checkpoint
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     one_file = commands.add_parser("consolidate", help="one safetensors file for each chosen width")
     one_file.add_argument("folder", type=Path)
     one_file.add_argument("-o", "--output", type=Path, required=True, help="folder of the files")
+    one_file.add_argument("--weights", choices=WEIGHTS, default="auto", help=WEIGHTS_HELP)
     one_file.add_argument("--width", action="append", help="e.g. 1/4; may be given again; default: every trained one")
     args = parser.parse_args(argv)
     try:
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             return _inspect(args.folder)
         if args.command == "verify":
             return _verify(args.folder)
-        return _consolidate(args.folder, args.output, args.width)
+        return _consolidate(args.folder, args.output, args.width, args.weights)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -126,13 +127,13 @@ def _verify(folder: Path) -> int:
     return 1 if damaged else 0
 
 
-def _consolidate(folder: Path, output: Path, chosen: list[str] | None) -> int:
+def _consolidate(folder: Path, output: Path, chosen: list[str] | None, weights: str) -> int:
     reader = Reader(find_checkpoint(folder))
     reader.verify()
     cfg = config_from_dict(reader.manifest["config"]).model
     reader.check_model(cfg)
     widths = [nesting.parse_width(text, cfg.n_heads) for text in chosen] if chosen else list(cfg.widths)
-    state = dict(reader.weights(cfg.n_heads))
+    state = dict(reader.weights(cfg.n_heads, weights))
     output.mkdir(parents=True, exist_ok=True)
     for n_heads in widths:
         part, small = cut(state, cfg, n_heads)

@@ -196,7 +196,7 @@ class CheckpointConfig:
     """auto: the newest whole checkpoint of run_dir, if any. never: start anew. Else: a checkpoint folder."""
     init_from: str = ""
     """Where the run starts anew, weights come from here: a model folder (modeling.import_model), a run or a checkpoint of
-    the same sizes. The optimizer, the step and the data start at nothing. Empty: random weights."""
+    the same sizes, of which the moving average counts where it has one. The optimizer, the step and the data start at nothing. Empty: random weights."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must not be negative")

@@ -38,6 +38,8 @@ REQUIRED = {
 OPTIONAL = {
     "triton": ("triton", "without it a GPU runs the plain PyTorch scan"),
     "mamba-ssm": ("modeling.ops.upstream", "without it a GPU runs the plain PyTorch scan"),
+    "simplejpeg": ("simplejpeg", "needed to train on images"),
+    "pillow": ("PIL", "needed to train on images"),
     "wandb": ("wandb", "needed for logging.wandb=online or offline"),
     "matplotlib": ("matplotlib", "needed to draw loss curves"),
 }

@@ -96,7 +96,7 @@ def submodel_losses(
         seq_idx_bt = None if batch.seq_idx_bt is None else batch.seq_idx_bt.to(ranks.device)
         for i, widths in enumerate(submodels):
             hidden_btd = model(tokens_bt, widths, seq_idx_bt=seq_idx_bt)
-            sums[i] += n_tokens * next_token_loss(model, hidden_btd, targets_bt).next_token.double().cpu()
+            sums[i] += n_tokens * next_token_loss(model, hidden_btd, targets_bt).cross_entropy.double().cpu()
         sums[-1] += n_tokens
     # Ranks of one replica hold the same sums; adding all of them leaves the ratio as it is.
     dist.all_reduce(sums, group=ranks.cpu_group)

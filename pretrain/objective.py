@@ -101,7 +101,7 @@ def _pass(
     """One forward and backward: the loss, detached, and what a narrower submodel learns from."""
     loss, lesson = task_of(cfg).loss(engine, widths, inputs, teacher)
     engine.backward(loss.total * inputs.scale, last=last)
-    return Loss(loss.total.detach(), loss.next_token), lesson
+    return Loss(loss.total.detach(), loss.cross_entropy), lesson
 
 
 def graphed(engine: Engine, cfg: RunConfig) -> GraphedPasses:

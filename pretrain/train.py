@@ -139,7 +139,7 @@ def accumulate_gradients(run: Run, micro_batches: list[Any]) -> float:
             if width.is_mix:
                 run.meter.add_mix(width.layers, cfg.tokens_per_pass)
             else:
-                run.meter.add(width.n_heads, loss.next_token, cfg.tokens_per_pass)
+                run.meter.add(width.n_heads, loss.cross_entropy, cfg.tokens_per_pass)
             total += loss.total * (width.weight / n_micro)
     return run.ranks.mean(total)
 

@@ -24,7 +24,7 @@ from pretrain.distributed import RankError, Ranks
 
 logger = logging.getLogger(__name__)
 
-FREE = ("widths", "chunk_size", "expand")
+FREE = ("widths", "chunk_size", "expand", "dropout", "drop_path")
 """Fields of the model that may differ: they change how it is trained and run, not what its weights mean."""
 
 

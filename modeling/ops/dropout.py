@@ -49,6 +49,9 @@ def dropped(x_mc: Tensor, drop: Drop, channel_c: Tensor | None = None) -> Tensor
 
 def dropped_float(x_mc: Tensor, drop: Drop) -> Tensor:
     """As `dropped`, in float32 and not rounded to x's dtype."""
+    if drop.threshold == 0:  # whole images alone are dropped
+        row_m = torch.arange(drop.first_row, drop.first_row + len(x_mc), device=x_mc.device)
+        return x_mc.float() * drop.scale_b[row_m // drop.n_tokens][:, None]
     keep_mc, scale_m1 = _keep(x_mc, drop, None)
     return torch.where(keep_mc, x_mc.float() * scale_m1, 0)
 

@@ -113,7 +113,7 @@ def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
                 loss = next_token_loss(model, engine(ids[:, :-1], widths), ids[:, 1:])
                 last = micro == n_mine - 1 and i == len(all_widths) - 1
                 engine.backward(loss.total / (n_mine * len(all_widths)), last=last)
-                step_losses[i] += loss.next_token.detach() / n_mine
+                step_losses[i] += loss.cross_entropy.detach() / n_mine
         if step == 0:
             gradients = {name: reduced_gradient(p, engine, ranks) for name, p in model.named_parameters()}
         norms.append(engine.step(learning_rate(step, cfg.optim)))

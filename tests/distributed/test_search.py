@@ -43,7 +43,7 @@ def test_presets_hold_mixes_and_their_held_out_losses(run_dir: Path, tmp_path: P
     for name, point in found.items():
         widths = read_widths(f"@{presets}:{name}", 8, 2)
         with torch.no_grad():
-            loss = next_token_loss(model, model(tokens, widths), targets).next_token
+            loss = next_token_loss(model, model(tokens, widths), targets).cross_entropy
         assert point["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 

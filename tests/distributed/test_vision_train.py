@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.checkpoint_reader import Reader
+from modeling.checkpoint_reader import EMA, Reader
 from modeling.export import main as export
 from modeling.model_folder import load_model as load_folder
 from modeling.noise import Noise
@@ -254,6 +254,22 @@ def test_validation_counts_every_image_once_and_is_evaluates(
     assert run_ranks(1, evaluate, [str(tmp_path), "--image-size", "24", "--width", "1,1/4"]) == [0]
     assert run_ranks(1, evaluate, [str(tmp_path), "--image-size", "18"]) == [2]
     assert "multiple of model.patch_size=4" in capfd.readouterr().err
+
+
+def test_a_run_starts_from_anothers_average_with_other_drops(images: Path, tmp_path: Path) -> None:
+    first = run_config(images, tmp_path / "first", optim={"steps": 3})
+    run_ranks(1, train.main, first)
+    second = run_config(
+        images, tmp_path / "second", model={"dropout": 0.3, "drop_path": 0.0, "widths": [8, 2]},
+        optim={"steps": 1, "lr": 1e-12, "warmup_steps": 0}, checkpoint={"init_from": first.run_dir},
+    )  # fmt: skip
+    run_ranks(2, train.main, second)
+    for name in newest(first).shapes:
+        expected = newest(first).full(name, EMA, 8)
+        torch.testing.assert_close(newest(second).full(name, "master", 8), expected, atol=1e-9, rtol=0)
+    other = run_config(images, tmp_path / "other", model={"pool": "avg"}, checkpoint={"init_from": first.run_dir})
+    with pytest.raises(AssertionError, match=r"model\.pool=avg, there cls"):
+        run_ranks(1, train.main, other)
 
 
 def retrieved(folder: str) -> dict[tuple[str, str], RetrievalScores]:

@@ -55,7 +55,9 @@ def first_losses(folder: Path, cfg: RunConfig) -> dict[str, float]:
     loader.close()
     found = {}
     for name, n_heads in (("1", 8), ("1/2", 4), ("1/4", 2)):
-        total = [next_token_loss(model, model(b.tokens_bt, (n_heads,) * 2), b.targets_bt).next_token for b in batches]
+        total = [
+            next_token_loss(model, model(b.tokens_bt, (n_heads,) * 2), b.targets_bt).cross_entropy for b in batches
+        ]
         found[name] = float(torch.stack(total).mean())
     return found
 

@@ -20,6 +20,7 @@ from modeling import export_vision
 from modeling.config import VisionConfig
 from modeling.convert import from_matmamba_vision
 from modeling.export import export, main, read_state
+from modeling.import_model import main as import_model
 from modeling.model_folder import ModelFolderError, load_language_model, load_model, save_model
 from modeling.open_model import open_model
 from modeling.vision import VisionModel
@@ -180,6 +181,30 @@ def test_the_public_codes_folder_has_every_weight_back(cfg: VisionConfig, tmp_pa
         export(state_of(model), fitting, (32, 32), "matmamba_vision", tmp_path / "half")
     with pytest.raises(ValueError, match="cannot have this model's headdim"):
         export(state_of(model_of(cfg)), cfg, (8, 8), "matmamba_vision", tmp_path / "other")
+
+
+@pytest.mark.parametrize("cfg", VARIANTS, ids=["cls", "avg", "rms"])
+def test_a_public_model_comes_in_as_it_went_out(
+    cfg: VisionConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitting = replace(cfg, d_model=64, headdim=2, n_heads=64, widths=(64, 32), chunk_size=256)
+    model = VisionModel(fitting)
+    model.init_weights(0)
+    export(state_of(model), fitting, (64, 64), "matmamba_vision", tmp_path / "public")
+    folder = tmp_path / "imported"
+    assert import_model([str(tmp_path / "public"), "--widths", "1,1/2", "-o", str(folder)]) == 0
+    assert f"pool: {cfg.pool}" in capsys.readouterr().out
+    state, found, _ = read_state(folder)
+    assert found == fitting
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_of(model).items())
+    file = str(tmp_path / "public" / "pytorch_model.bin")
+    assert import_model([file, "--reorder-heads", "-o", str(tmp_path / "other")]) == 2
+    assert "never nested" in capsys.readouterr().err
+    weights = torch.load(file, weights_only=True)
+    del weights["layers.1.mixer.D"]
+    torch.save({"module." + name: tensor for name, tensor in weights.items()}, tmp_path / "short.pt")
+    assert import_model([str(tmp_path / "short.pt"), "-o", str(tmp_path / "other")]) == 2
+    assert "layers.1.mixer.D: shape absent" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("widths", [(8, 8), (4, 4), (8, 2)], ids=str)

@@ -212,17 +212,18 @@ def test_gradients_in_place_are_added_to_what_is_there(case: Case) -> None:
 @pytest.mark.parametrize(
     ("shape", "branch", "layer", "drop"),
     [
-        ((2, 5, 48), True, False, False),
-        ((1, 3, 300), False, False, False),
-        ((3, 7, 1024), True, False, True),
-        ((2, 5, 48), True, True, True),
-        ((1, 3, 300), False, True, False),
-        ((3, 7, 1024), True, True, False),
+        ((2, 5, 48), True, False, None),
+        ((1, 3, 300), False, False, None),
+        ((3, 7, 1024), True, False, 0.3),
+        ((2, 5, 48), True, True, 0.3),
+        ((2, 5, 48), True, True, 0.0),
+        ((1, 3, 300), False, True, None),
+        ((3, 7, 1024), True, True, None),
     ],
     ids=str,
 )
 def test_residual_norm_equals_the_plain_one(
-    shape: tuple[int, ...], branch: bool, layer: bool, drop: bool, dtype: torch.dtype
+    shape: tuple[int, ...], branch: bool, layer: bool, drop: float | None, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -232,7 +233,7 @@ def test_residual_norm_equals_the_plain_one(
     x, weight, w_total, w_out = randn() + 0.5, nn.Parameter(randn()[0]), randn(), randn()
     bias = nn.Parameter(randn()[0]) if layer else None
     added = randn().to(dtype) if branch else None
-    dropping = some_drop(shape[0] + 1, shape[1], 0.3, first_row=shape[1] - 2) if drop else None
+    dropping = None if drop is None else some_drop(shape[0] + 1, shape[1], drop, first_row=shape[1] - 2)
 
     def run(fused: bool) -> dict[str, Tensor]:
         leaves = [x.clone().requires_grad_(), None if added is None else added.clone().requires_grad_()]

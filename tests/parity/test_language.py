@@ -188,7 +188,7 @@ def test_loss_in_pieces_equals_cross_entropy_of_the_full_logits(monkeypatch: pyt
     expected = F.cross_entropy(F.linear(expected_hidden, head).flatten(0, 1), tokens_bt[:, 1:].flatten())
     (3 * expected).backward()
     assert abs(loss.total - expected) < 1e-6
-    assert loss.next_token == loss.total
+    assert loss.cross_entropy == loss.total
     assert hidden.grad is not None
     assert expected_hidden.grad is not None
     assert model.embedding.grad is not None
@@ -212,7 +212,7 @@ def test_distillation_equals_torchs_kl() -> None:
     expected = ce + 0.7 * 4 * F.kl_div(*soft, log_target=True, reduction="batchmean")
     expected.backward()
     assert abs(loss.total - expected) < 1e-5
-    assert abs(loss.next_token - ce) < 1e-6
+    assert abs(loss.cross_entropy - ce) < 1e-6
     assert student.grad is not None
     assert again.grad is not None
     assert relative(student.grad, again.grad) < TOLERANCE

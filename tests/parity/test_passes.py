@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modeling.config import LanguageConfig
+from modeling.classification import classification_loss
+from modeling.config import LanguageConfig, VisionConfig
 from modeling.language import LanguageModel
 from modeling.loss import Loss, next_token_loss
 from modeling.nesting import LayerWidths
+from modeling.noise import Noise
+from modeling.vision import VisionModel
 from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict
 from pretrain.gradients import GradientBuffer
 from pretrain.passes import GraphedPasses, Pass, PassInputs, why_launched
+from pretrain.vision_task import VisionInputs
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="waits for a CUDA GPU")
@@ -30,7 +34,7 @@ def model_and_pass(*, in_place: bool) -> tuple[LanguageModel, Pass]:
         hidden_btd = model(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
         loss = next_token_loss(model, hidden_btd, inputs.targets_bt)
         (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.next_token)
+        return Loss(loss.total.detach(), loss.cross_entropy)
 
     return model, run
 
@@ -76,9 +80,53 @@ def test_replayed_passes_are_the_launched_ones_bit_for_bit(documents: bool) -> N
             inputs = inputs_of(seed, documents=documents)
             expected, found = launched(widths, inputs), replayed(widths, inputs)
             assert torch.equal(expected.total, found.total), (seed, widths)
-            assert torch.equal(expected.next_token, found.next_token), (seed, widths)
+            assert torch.equal(expected.cross_entropy, found.cross_entropy), (seed, widths)
         for name, gradient in gradients(launched_model).items():
             assert torch.equal(gradient, gradients(replayed_model)[name]), (seed, name)
+
+
+VISION = VisionConfig(
+    n_layers=3, d_model=192, headdim=24, widths=(16, 8, 4, 2), d_state=128, n_classes=50, image_size=64, patch_size=8,
+    dropout=0.1, drop_path=0.3,
+)  # fmt: skip
+
+
+def vision_model_and_pass() -> tuple[VisionModel, Pass]:
+    model = VisionModel(VISION, dtype=torch.bfloat16, in_place_gradients=True)
+    model.init_weights(0)
+    model.to("cuda")
+    GradientBuffer(model.parameters())
+
+    def run(widths: LayerWidths, inputs: VisionInputs) -> Loss:
+        features_bd = model(inputs.images_bchw, widths, noise=Noise(3, inputs.number_b))
+        loss, _ = classification_loss(model, features_bd, inputs.target_bk)
+        (loss.total * inputs.scale).backward()
+        return Loss(loss.total.detach(), loss.cross_entropy)
+
+    return model, run
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_replayed_passes_of_a_classifier_drop_what_launched_ones_do() -> None:
+    (launched_model, launched), (replayed_model, run) = vision_model_and_pass(), vision_model_and_pass()
+    replayed = GraphedPasses(run)
+    losses = []
+    for seed in range(4):  # launched, captured, replayed, replayed; other images' numbers each time
+        generator = torch.Generator().manual_seed(0)
+        images, targets = torch.randn(6, 3, 64, 64, generator=generator), torch.rand(6, 50, generator=generator)
+        numbers = torch.arange(6) + 100 * seed
+        moved = (
+            x.cuda() for x in (images.bfloat16(), targets / targets.sum(-1, keepdim=True), numbers, torch.ones(()))
+        )
+        inputs = VisionInputs(*moved)
+        for widths in map(VISION.layer_widths, VISION.widths):
+            expected, found = launched(widths, inputs), replayed(widths, inputs)
+            assert torch.equal(expected.total, found.total), (seed, widths)
+        losses.append(float(found.total))
+        for (name, a), (_, b) in zip(launched_model.named_parameters(), replayed_model.named_parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad), (seed, name)  # type: ignore[arg-type]
+    assert len(set(losses)) == 4, "the numbers are read, and not what they were at capture"
 
 
 def test_a_pass_that_cannot_be_captured_is_launched_and_said_so(

@@ -67,7 +67,7 @@ def model_of(cfg: LanguageConfig) -> tuple[LanguageModel, Pass]:
     def run(widths: LayerWidths, inputs: PassInputs) -> Loss:
         loss = next_token_loss(model, model(inputs.tokens_bt, widths), inputs.targets_bt)
         (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.next_token)
+        return Loss(loss.total.detach(), loss.cross_entropy)
 
     return model, run
 

@@ -115,7 +115,7 @@ def ours(name: str, images: Tensor) -> Callable[[int], None]:
         features = model(inputs.images_bchw, widths, noise=Noise(0, inputs.number_b))
         loss, _ = classification_loss(model, features, inputs.target_bk)
         (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.next_token)
+        return Loss(loss.total.detach(), loss.cross_entropy)
 
     passes = GraphedPasses(launched)
     numbers, scale = torch.arange(len(images), device="cuda"), torch.ones((), device="cuda")

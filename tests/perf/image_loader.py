@@ -47,7 +47,7 @@ from pretrain.images import ImageLoader  # noqa: E402
 from pretrain.rand_augment import OPERATIONS, apply, color_jitter  # noqa: E402
 
 WIDTH, HEIGHT, FILE_BYTES, SIZE = 500, 375, 110_000, 224
-N_IMAGES, N_CLASSES, REPEATS = 320, 10, 3
+N_IMAGES, N_CLASSES, REPEATS = 320, 10, 5
 PLAIN = AugmentConfig(rand_augment_ops=0, jitter_prob=0.0)
 
 
@@ -110,22 +110,25 @@ def cost_ms(work: Callable[[int], Any], n: int = 96) -> float:
 # --------------------------------------------------------------------------- decoders
 
 
-def with_ours(jpeg: bytes, box: tuple[int, int, int, int]) -> Any:
+def with_ours(jpeg: bytes, box: tuple[int, int, int, int]) -> Image.Image:
     shrink = next((k for k in SHRINKS if min(box[2:]) >= k * SIZE), 1)
     top, left, height, width = (side // shrink for side in box)
     return resized(decode_rgb(jpeg, shrink)[top : top + height, left : left + width], SIZE)
 
 
-def with_torchvision(jpeg: bytes, box: tuple[int, int, int, int]) -> Any:
-    data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+def with_torchvision(jpeg: bytes, box: tuple[int, int, int, int]) -> Image.Image:
     top, left, height, width = box
-    chw = torchvision.io.decode_jpeg(data, mode=torchvision.io.ImageReadMode.RGB)
-    return interpolate(
-        chw[None, :, top : top + height, left : left + width], (SIZE, SIZE), mode="bilinear", antialias=True
-    )
+    chw = by_torchvision(jpeg)[None, :, top : top + height, left : left + width]
+    planes = interpolate(chw, (SIZE, SIZE), mode="bilinear", antialias=True)[0].numpy()
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
 
 
-def with_pillow(jpeg: bytes, box: tuple[int, int, int, int]) -> Any:
+def by_torchvision(jpeg: bytes) -> torch.Tensor:
+    data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+    return torchvision.io.decode_jpeg(data, mode=torchvision.io.ImageReadMode.RGB)
+
+
+def with_pillow(jpeg: bytes, box: tuple[int, int, int, int]) -> Image.Image:
     image = Image.open(io.BytesIO(jpeg))
     top, left, height, width = box
     whole = image.width
@@ -133,15 +136,20 @@ def with_pillow(jpeg: bytes, box: tuple[int, int, int, int]) -> Any:
         image.draft("RGB", (image.width * SIZE // width, image.height * SIZE // height))
     scale = image.width / whole
     edges = tuple(side * scale for side in (left, top, left + width, top + height))
-    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=edges))
-
-
-DECODERS = {"simplejpeg, scaled (ours)": with_ours, "torchvision": with_torchvision, "Pillow, draft": with_pillow}
+    return image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=edges)
 
 
 def decoder_table(sets: dict[str, list[bytes]]) -> str:
-    rows = [f"| decode, crop, resize | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
-    for name, work in DECODERS.items():
+    alone: dict[str, Callable[[bytes, Any], Any]] = {
+        "decode alone: simplejpeg (ours)": lambda jpeg, _: decode_rgb(jpeg),
+        "decode alone: torchvision": lambda jpeg, _: by_torchvision(jpeg),
+        "decode alone: Pillow": lambda jpeg, _: Image.open(io.BytesIO(jpeg)).load(),
+        "to a PIL image of 224 pixels: simplejpeg, scaled, and torch (ours)": with_ours,
+        "the same: torchvision and torch": with_torchvision,
+        "the same: Pillow, draft": with_pillow,
+    }
+    rows = [f"| | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
+    for name, work in alone.items():
         cells = []
         for jpegs in sets.values():
             height, width, _ = jpeg_header(jpegs[0])
@@ -153,9 +161,10 @@ def decoder_table(sets: dict[str, list[bytes]]) -> str:
 
 
 def operation_table(pixels: np.ndarray) -> str:
-    image = Image.fromarray(resized(pixels, SIZE))
+    image = resized(pixels, SIZE)
     chw = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
     theirs = v2.RandAugment()
+    how: tuple[Any, Any] = (InterpolationMode.NEAREST, {torch.Tensor: None})
     rows = ["| operation at magnitude 9 | PIL (ours) | torchvision, uint8 tensor |", "|---|---|---|"]
     sums = [0.0, 0.0]
     for name in OPERATIONS:
@@ -166,11 +175,8 @@ def operation_table(pixels: np.ndarray) -> str:
             magnitudes, _ = theirs._AUGMENTATION_SPACE[name]
             table = magnitudes(31, SIZE, SIZE)
             amount = 0.0 if table is None else float(table[9])
-            nearest, fill = InterpolationMode.NEAREST, {torch.Tensor: None}
             tensor = cost_ms(
-                lambda _, name=name, amount=amount: theirs._apply_image_or_video_transform(
-                    chw, name, amount, nearest, fill
-                ),
+                lambda _, name=name, amount=amount: theirs._apply_image_or_video_transform(chw, name, amount, *how),
                 200,
             )
         sums = [sums[0] + ours, sums[1] + tensor]
@@ -289,7 +295,7 @@ Commit {commit.stdout.strip()}, {cpu.split(":")[1].strip()}, {os.cpu_count()} co
 
 {head[2].split(". Writes")[0].strip()}. {head[3].strip()}
 
-## One image, 224 pixels, CPU ms
+## Decoders, CPU ms an image
 
 {decoder_table(sets)}
 

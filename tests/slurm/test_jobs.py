@@ -319,6 +319,8 @@ def test_the_vision_scripts_check_their_own_configs(size: str, site: Path, tmp_p
     assert "not a multiple of data-parallel size 8 x data.micro_batch=384" in done.stderr
     done = called_by_bash(site, script, **{**settings, "DATA": "/no/such/images"})
     assert "a folder that prepare_imagenet.py wrote" in done.stderr
+    done = called_by_bash(site, "scaling_sweep.sh", **{**settings, "GRID": str(ROOT / "slurm" / "vision_grid.txt")})
+    assert (done.returncode, "settings are fine" in done.stdout) == (0, True)
     assert "did you mean data.image_size" in called_by_bash(site, script, "data.image_siez=192", **settings).stderr
 
 

@@ -153,6 +153,13 @@ def test_cutmix_shares_are_the_clipped_areas() -> None:
     assert scipy.stats.ks_2samp(share_b.numpy(), by_hand).pvalue > 1e-3
 
 
+def test_pairs_that_are_not_mixed_are_left_alone() -> None:
+    for kind in ({"mixup_alpha": 0.0}, {"cutmix_alpha": 0.0}):
+        weight_b1hw, share_b = mixing_weights(AugmentConfig(mix_prob=0.3, **kind), Draws(0, torch.arange(3000)), SIZE)
+        torch.testing.assert_close(weight_b1hw.mean(dim=(1, 2, 3)), share_b, atol=1e-6, rtol=0)
+        assert (share_b > 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
 def test_the_result_does_not_depend_on_how_the_stream_is_cut() -> None:
     whole = inputs(batch(16), AugmentConfig(), seed=3)
     parts = [inputs(batch(n, first), AugmentConfig(), seed=3) for first, n in ((0, 4), (4, 2), (6, 10))]

@@ -48,7 +48,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_each_operation_is_torchvisions(name: str, sign: int) -> None:
     theirs = v2.RandAugment()
     image = Image.fromarray(picture(60, 60))
-    for magnitude in (0, 9, 30):
+    for magnitude in (0, 5, 9, 17, 30):
         magnitudes, signed = theirs._AUGMENTATION_SPACE[name]
         table = magnitudes(31, 60, 60)
         amount = float(table[magnitude]) if table is not None else 0.0
@@ -80,14 +80,15 @@ def test_rand_augment_draws_every_operation_evenly() -> None:
 
 def test_jitter_is_torchvisions_where_nothing_clips() -> None:
     pixels = (picture(40, 40) // 3 + 70).astype(np.uint8)
-    draw, same_draw = Random(3), Random(3)
-    found = np.asarray(color_jitter(Image.fromarray(pixels), 0.2, draw))
-    brightness, contrast, saturation = (1 + 0.2 * (2 * same_draw.random() - 1) for _ in range(3))
-    expected = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-    expected = functional.adjust_brightness(expected, brightness)
-    expected = functional.adjust_saturation(functional.adjust_contrast(expected, contrast), saturation)
-    expected_hwc = (expected[0] * 255).permute(1, 2, 0).numpy()
-    assert np.abs(found - expected_hwc).max() < 1.0  # one rounding, and theirs weighs green by 0.587, red by 0.2989
+    for seed in range(6):
+        draw = Random(seed)
+        brightness, contrast, saturation = (1 + 0.2 * (2 * draw.random() - 1) for _ in range(3))
+        found = np.asarray(color_jitter(Image.fromarray(pixels), 0.2, Random(seed)))
+        expected = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+        expected = functional.adjust_brightness(expected, brightness)
+        expected = functional.adjust_saturation(functional.adjust_contrast(expected, contrast), saturation)
+        expected_hwc = (expected[0] * 255).permute(1, 2, 0).numpy()
+        assert np.abs(found - expected_hwc).max() < 1.0  # one rounding, and theirs weighs red by 0.2989
 
 
 def test_crops_are_distributed_as_torchvisions() -> None:
@@ -115,7 +116,7 @@ def test_a_shape_that_no_crop_fits_gives_the_central_one() -> None:
 def test_resizing_is_torchvisions() -> None:
     pixels = picture(301, 402)
     expected = functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), [224, 224], antialias=True)
-    assert np.array_equal(resized(pixels, 224), expected.permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(resized(pixels, 224)), expected.permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (256, 256), (600, 300)])
@@ -141,9 +142,23 @@ def test_a_picture_that_is_small_enough_to_halve_is_halved_by_the_decoder(monkey
     cfg = AugmentConfig(**PLAIN)
     for size, expected in ((56, 8), (112, 4), (224, 2), (226, 1)):
         found = training_pixels(encoded, size, cfg, Random(0))
-        whole = resized(decode_rgb(encoded), size)
+        whole = np.asarray(resized(decode_rgb(encoded), size))
         assert shrinks.pop() == expected
         assert psnr(found, whole) > 30, f"size {size}"
+
+
+def test_a_crop_of_a_halved_picture_lies_where_it_lies_in_the_whole() -> None:
+    encoded = jpeg(picture(900, 1200), quality=95)
+    cfg = AugmentConfig(**(PLAIN | {"crop_scale": (0.3, 0.3)}))
+    places = set()
+    for seed in range(5):
+        top, left, height, width = random_crop(900, 1200, cfg, Random(seed))
+        assert min(height, width) >= 4 * 112
+        found = training_pixels(encoded, 112, cfg, Random(seed))
+        whole = resized(decode_rgb(encoded)[top : top + height, left : left + width], 112)
+        assert psnr(found, np.asarray(whole)) > 28
+        places.add((top, left))
+    assert len(places) == 5
 
 
 def test_grey_becomes_three_equal_channels() -> None:

@@ -350,7 +350,8 @@ def test_grey_is_kept_and_depth_reduced() -> None:
     grey = jpeg(PIXELS[:, :, 1])
     assert prepare_image(grey, ImagePolicy()).what == {"kept_greyscale": ""}
     assert prepare_image(grey, ImagePolicy()).jpeg == grey
-    deep = Image.fromarray(PIXELS[:, :, 1].astype(np.uint16) * 257)
+    upper = PIXELS[:, :, 1].astype(np.uint16)
+    deep = Image.fromarray(upper << 8 | (255 - upper))
     outcome = prepare_image(encoded(deep, "PNG"), ImagePolicy(quality=95))
     assert set(outcome.what) == {"converted_format", "converted_16_bit", "converted_greyscale"}
     assert outcome.jpeg is not None
@@ -601,6 +602,8 @@ def test_workers_jobs_and_interruption_change_nothing(
     assert prepare_imagenet.main([*array, "--world-size", "3", "--rank", "1"]) == 0
     assert prepare_imagenet.main([*array, "--merge"]) == 2
     assert "shards are not made, shard.00000.mds of train among them" in capsys.readouterr().err
+    made = len(list(outputs[2].rglob("shard.*.mds")))
+    assert made == -(-(len(list(outputs[0].rglob("shard.*.mds"))) - 1) // 3)
     for rank in ("0", "2"):
         assert prepare_imagenet.main([*array, "--world-size", "3", "--rank", rank]) == 0
     assert prepare_imagenet.main([*array, "--merge"]) == 0
@@ -618,7 +621,7 @@ def test_workers_jobs_and_interruption_change_nothing(
 def test_a_job_makes_only_what_is_missing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped after three shards by an error; a shard whose file went missing is made again."""
+    """Stopped after three shards by an error; a shard whose file went missing, or is cut, is made again."""
     from data_prep import image_preparation
 
     made: list[tuple[str, int]] = []
@@ -638,10 +641,12 @@ def test_a_job_makes_only_what_is_missing(
     assert prepare(tmp_path / "out", "--input", str(folder), "--seed", "5") == 2
     assert "begun with other settings (seed: 0 there, 5 asked)" in capsys.readouterr().err
     (tmp_path / "out" / "train" / "shard.00001.mds").unlink()
+    shard = tmp_path / "out" / "train" / "shard.00002.mds"
+    shard.write_bytes(shard.read_bytes()[:-1])
     made.clear()
     limit = 99
     assert prepare(tmp_path / "out", "--input", str(folder)) == 0
-    assert made[:2] == [("train", 1), ("train", 3)]
+    assert made[:3] == [("train", 1), ("train", 2), ("train", 3)]
     assert ("train", 0) not in made
     assert prepare(tmp_path / "whole", "--input", str(folder)) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")

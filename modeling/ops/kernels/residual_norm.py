@@ -25,10 +25,11 @@ BranchDrop = tuple[Tensor, Tensor, int, int, int]
 @triton.jit
 def _drop(branch, key_ptr, drop_scale_ptr, n_tokens, first_row, row, column, live, THRESHOLD: tl.constexpr):
     image = (row + first_row) // n_tokens
-    first, second = row_words(key_ptr, image, (row + first_row) % n_tokens, live)
-    bits = entry_bits(first[:, None], second[:, None], column[None, :])
-    scale = tl.load(drop_scale_ptr + image, mask=live, other=0.0)
-    return tl.where(bits >= THRESHOLD, branch * scale[:, None], 0.0)
+    branch = branch * tl.load(drop_scale_ptr + image, mask=live, other=0.0)[:, None]
+    if THRESHOLD > 0:  # else whole images alone are dropped
+        first, second = row_words(key_ptr, image, (row + first_row) % n_tokens, live)
+        branch = tl.where(entry_bits(first[:, None], second[:, None], column[None, :]) >= THRESHOLD, branch, 0.0)
+    return branch
 
 
 @triton.jit
