@@ -309,7 +309,9 @@ Commit {commit.stdout.strip()}, {cpu.split(":")[1].strip()}, {os.cpu_count()} co
 
 ## From shards, through loader processes
 
-{args.steps} steps of 256 images after one, micro-batches of 64.
+{
+        args.steps
+    } steps of 256 images after one, micro-batches of 64. images/s is by the wall clock, beside whatever else ran.
 
 | shards | n_workers | images/s | images / CPU s |
 |---|---|---|---|
