@@ -91,6 +91,12 @@ class Engine:
         if cfg.parallel.keeps_gradients:
             for hook in self.optimizer._grad_acc_hooks:  # they shard gradients, which ZeRO 1 does not
                 hook.remove()
+            for parameter in self.parameters.values():
+                # DeepSpeed slices its view of a parameter with autograd on. That keeps the parameter's gradient accumulator
+                # alive, tied to the stream that was current then, and a CUDA graph may not wait for another stream.
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                if mapping is not None:
+                    mapping.lp_fragment = mapping.lp_fragment.detach()
             self.gradients = GradientBuffer(self.parameters.values())
         self.graphs: GraphedPasses | None = None
         """The passes as CUDA graphs, where the run has them."""
