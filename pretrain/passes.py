@@ -70,11 +70,10 @@ class GraphedPasses:
             self._launched.add(key)
             return self._run(widths, inputs)
         if key not in self._captured:
-            try:
-                self._captured[key] = self._capture(widths, inputs)
-            except RuntimeError as error:  # nothing of the pass has run: it is launched instead
+            refused = self._capture(key, widths, inputs)
+            if refused is not None:  # nothing of the pass has run: it is launched instead
                 self._refused = True
-                logger.warning("passes: launched kernel by kernel from here on, capturing one failed: %s", error)
+                logger.warning("passes: launched kernel by kernel from here on, capturing one failed: %s", refused)
                 return self._run(widths, inputs)
         graph, fixed, loss = self._captured[key]
         for mine, given in zip(fixed, inputs, strict=True):
@@ -83,10 +82,15 @@ class GraphedPasses:
         graph.replay()
         return loss
 
-    def _capture(self, widths: LayerWidths, inputs: Any) -> tuple[torch.cuda.CUDAGraph, Any, Loss]:
+    def _capture(self, key: tuple[object, ...], widths: LayerWidths, inputs: Any) -> str | None:
+        """Capture a pass; None, or why it cannot be. By the time that is returned a failed capture's memory is free."""
         fixed = type(inputs)(*(None if x is None else x.clone() for x in inputs))
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a loader that pins memory, a checkpoint being written) may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss = self._run(widths, fixed)
-        return graph, fixed, loss
+        try:
+            # Other threads (a loader that pins memory, a checkpoint being written) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss = self._run(widths, fixed)
+        except RuntimeError as error:
+            return str(error)
+        self._captured[key] = graph, fixed, loss
+        return None

@@ -255,7 +255,7 @@ def main(cfg: RunConfig) -> int:
     if launched is None:
         engine.graphs = graphed(engine, cfg)
     passes = "passes: CUDA graphs" if launched is None else f"passes: launched kernel by kernel ({launched})"
-    logger.info("%s; %s; %s; %s", meter.peak_source, _mixer_path(cfg, ranks.device), passes, f"{dtype} compute")
+    logger.info("%s; %s; %s; %s", meter.peak_source, _mixer_path(cfg, ranks.device, dtype), passes, f"{dtype} compute")
     with TrainingProgress(start_step=state.step, n_steps=cfg.optim.steps, enabled=ranks.is_main) as progress:
         run = Run(
             cfg=cfg,
@@ -294,8 +294,8 @@ def _is_broken_link(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or any(word in text for word in ("gloo", "Connection", "NCCL"))
 
 
-def _mixer_path(cfg: RunConfig, device: torch.device) -> str:
-    why = why_not(device, cfg.model.headdim, cfg.model.d_state, cfg.model.d_conv)
+def _mixer_path(cfg: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
+    why = why_not(device, dtype, cfg.model.headdim, cfg.model.d_state, cfg.model.d_conv)
     if why is None:
         return "mixer: fused Triton kernels"
     scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, initial_values
 from modeling.ops import ssd as ssd_module
+from modeling.ops.kernels import tiles
 from modeling.ops.dropout import Drop, dropped, dropped_float, split_mix, threshold_of
 from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
 from modeling.ops.kernels.dropout import drop_rows
@@ -180,6 +181,21 @@ def test_recomputing_inside_the_mixer_changes_no_bit(case: Case) -> None:
             mixer.recompute = recompute
             actual = results(mixer, how, x_btd, case.width * case.ranks, seq_idx_bt)
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.headdim == 24], ids=str)
+def test_walking_two_heads_at_once_changes_no_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large batches do; of an odd number of heads the last one is walked twice."""
+    x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    seq_idx_bt = documents(2, case.t).to(DEVICE) if case.documents else None
+    mixer = mixer_of(case, LOW)
+    found = []
+    for wanted, heads in ((10**6, 1), (0, 2)):
+        monkeypatch.setattr(tiles, "WALKS_WANTED", wanted)
+        assert tiles.walk_of("states", 32, LOW, case.width, 2)["HEADS"] == heads
+        found.append(results(mixer, "fused", x_btd, case.width, seq_idx_bt))
+    one, two = found
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL if c.ranks > 1 or c.width < c.heads], ids=str)

@@ -142,10 +142,16 @@ def test_a_pass_that_cannot_be_captured_is_launched_and_said_so(
 
     passes = GraphedPasses(counted)
 
-    def refuse(*_: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    class Refusing:
+        def __init__(self, *_: object, **__: object) -> None: ...
 
-    monkeypatch.setattr(passes, "_capture", refuse)
+        def __enter__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Refusing)
     inputs = inputs_of(0, documents=False)
     for _ in range(3):
         passes(CFG.layer_widths(8), inputs)

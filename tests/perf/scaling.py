@@ -181,7 +181,9 @@ def launch(cfg: RunConfig, world_size: int, steps: int) -> Row:
         environment = {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
         if done.returncode or not out.exists():
-            raise RuntimeError(f"{world_size} ranks failed: {done.stderr[-1500:]}")
+            # What the ranks said stands before what torchrun says of them.
+            said = done.stderr.partition("ChildFailedError")[0]
+            raise RuntimeError(f"{world_size} ranks failed: {said[-6000:]}")
         row: Row = json.loads(out.read_text())
         return row
 

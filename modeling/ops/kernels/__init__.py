@@ -14,13 +14,15 @@ turns such copies into addresses in registers, spills thousands of bytes of them
 
 def usable(x: Tensor, headdim: int, d_state: int, d_conv: int) -> bool:
     """Whether the mixer's kernels run where `x` lives."""
-    return x.is_cuda and why_not(x.device, headdim, d_state, d_conv) is None
+    return x.is_cuda and why_not(x.device, x.dtype, headdim, d_state, d_conv) is None
 
 
-def why_not(device: torch.device, headdim: int, d_state: int, d_conv: int) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, headdim: int, d_state: int, d_conv: int) -> str | None:
     """Why the plain path runs instead of the mixer's kernels, or None where they do."""
     if device.type != "cuda":
         return "no GPU"
     if torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return f"the GPU is older than compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    if dtype == torch.float32:
+        return "float32: the kernels' exact products leave the matrix units, and their tiles the registers"
     return refusal(headdim, d_state, d_conv)

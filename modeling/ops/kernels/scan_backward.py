@@ -25,7 +25,7 @@ from torch import Tensor
 
 from modeling.ops.kernels.fast_math import exp, rounded
 from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, walk_of
 
 
 @triton.jit
@@ -238,7 +238,7 @@ def scan_backward(
     rows = torch.empty(*steps.delta.shape, 4, dtype=torch.float32, device=mixed_btc.device)
     reached = torch.empty_like(steps.delta)
     decayed = torch.empty(b, n_chunks, h, dtype=torch.float32, device=mixed_btc.device)
-    launch = launch_of("state_gradients", columns, dtype)
+    launch = walk_of("state_gradients", columns, dtype, h, b)
     _state_gradients[(triton.cdiv(h, launch["HEADS"]), b)](
         group, dy, dS, steps.decay, seq_idx_bt, t, h, n_chunks, **shape, **launch
     )

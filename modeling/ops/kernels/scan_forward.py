@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, walk_of
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def scan_states(mixed_btc: Tensor, steps: TimeSteps, *, heads: int, headdim: int
     b, t, width = mixed_btc.shape
     n = (width - heads * headdim) // 2
     states = torch.empty(b, chunks_of(t), heads, n, headdim, dtype=mixed_btc.dtype, device=mixed_btc.device)
-    launch = launch_of("states", columns_of(headdim), mixed_btc.dtype)
+    launch = walk_of("states", columns_of(headdim), mixed_btc.dtype, heads, b)
     _states[(triton.cdiv(heads, launch["HEADS"]), b)](
         head_tiles(mixed_btc, heads, headdim), group_tiles(mixed_btc, n), state_tiles(states),
         steps.decay, steps.source, seq_idx_bt, t, heads, chunks_of(t),

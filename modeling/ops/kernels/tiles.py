@@ -42,6 +42,9 @@ no run starts by tuning; the best of a sweep over warps, stages, heads and regis
 PROGRAMS_WANTED = 132 * 16
 """Several waves of an H200's 132 multiprocessors; where there are fewer chunks, heads are shared out over programs."""
 
+WALKS_WANTED = 132 * 3
+"""Programs that walk sequences and run at once."""
+
 
 def heads_each(heads: int, chunks: int) -> int:
     """How many heads a program takes where each of `chunks` (of all sequences) has programs of its own."""
@@ -54,6 +57,14 @@ def launch_of(kernel: str, columns: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype != torch.float32:
         return chosen
     return {"num_warps": 4, "num_stages": 1, **({"HEADS": 1} if "HEADS" in chosen else {})}
+
+
+def walk_of(kernel: str, columns: int, dtype: torch.dtype, heads: int, batch: int) -> dict[str, int]:
+    """`launch_of` a kernel that walks sequences: with one head a program where two would leave multiprocessors idle."""
+    launch = launch_of(kernel, columns, dtype)
+    if triton.cdiv(heads, launch["HEADS"]) * batch < WALKS_WANTED:
+        return {**launch, "HEADS": 1}
+    return launch
 
 
 def refusal(headdim: int, d_state: int, d_conv: int) -> str | None:
