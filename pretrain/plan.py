@@ -1,8 +1,8 @@
 """`--plan`: which layout of a run on so many GPUs is fastest, estimated from measured kernel rates and stated link speeds.
 
 A step's time on a rank is its arithmetic, its memory-bound kernels and the collectives that wait for each other, never less
-than what the host needs to launch it all. The rates were measured on one H200 (docs/benchmarks); another GPU's are scaled by
-its datasheet. No run on several GPUs has checked the link terms: the plan says so.
+than what the host needs to launch what is no CUDA graph. The rates were measured on one H100 (docs/benchmarks), the update's
+on an H200; another GPU's are scaled by its datasheet. No run on several GPUs has checked the link terms: the plan says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from rich.table import Table
 
 from modeling import nesting
@@ -19,6 +20,7 @@ from pretrain.config import ConfigError, LanguageRunConfig
 from pretrain.dry_run import plain_console
 from pretrain.hardware import GPU_PEAK_TFLOPS
 from pretrain.memory import Memory, estimate
+from pretrain.passes import why_launched
 
 GIB = 2**30
 GPUS = {  # memory in GiB as torch sees it, bandwidth in TB/s: datasheets; peaks are hardware.GPU_PEAK_TFLOPS
@@ -27,24 +29,25 @@ GPUS = {  # memory in GiB as torch sees it, bandwidth in TB/s: datasheets; peaks
     "A100": (79.1, 2.04),
     "B200": (178.4, 8.0),
 }
-MEASURED_ON = "H200"
-PRODUCT_FLOP_S = 690e12
-"""bf16 matrix products at the models' shapes: 680 at 130M, 750 at 1.4B."""
-CHANNEL_S, HEAD_S = 22e-12, 370e-12
+MEASURED_ON = "H100"
+PRODUCT_FLOP_S = 730e12
+"""bf16 matrix products at the models' shapes: 719 at 130M, 758 at 1.4B."""
+CHANNEL_S, HEAD_S = 20e-12, 500e-12
 """Scan, convolution and gated norm, forward and backward: seconds a channel and token are the first plus the second over
-headdim. 130M (24): 37e-12; 1.4B (64): 28e-12."""
-FORWARD_SHARE = 0.3
-"""Of that and of the norms, forward's, which recomputation does again."""
-RESIDUAL_S = 8e-12
+headdim. 130M (24): 42e-12; 1.4B (64): 29e-12."""
+STATES_SHARE, FORWARD_SHARE = 0.08, 0.3
+"""Of that, what computing the scan's states takes, and all of forward (of the norms too), which recomputation does again."""
+RESIDUAL_S = 10e-12
 """Residual addition and norm, a d_model channel and token and layer."""
-VOCABULARY_S = 1.5e-12
+VOCABULARY_S = 2.1e-12
 """Softmax statistics and gradient, a token and vocabulary row."""
-PARAMETER_S, OUTSIDE_S = 12e-12, 40e-12
+PARAMETER_S, OUTSIDE_S = 4e-12, 20e-12
 """Casts and gradient sums a parameter and pass; embedding and loss a d_model channel and token."""
 UPDATE_S, UPDATE_HOST_S = 60e-12, 0.02
-"""DeepSpeed's step: a parameter (its copies of all, and AdamW of the shard, half and half), and in any case."""
-HOST_S = {"none": 3.4e-3, "selective": 3.8e-3, "block": 4.6e-3}
-"""What the host needs to launch one layer of one pass under DeepSpeed: more than the GPU takes for 370M and 790M."""
+"""DeepSpeed's step, on an H200: a parameter (its copies of all, and AdamW of the shard, half and half), and in any case."""
+HOST_S = {"none": 3.4e-3, "states": 3.4e-3, "selective": 3.8e-3, "block": 4.6e-3}
+"""What the host needs to launch one layer of one pass where passes are no CUDA graphs: more than the GPU takes for 370M and
+790M. Measured while DeepSpeed's hooks were still on every pass: an upper bound."""
 RESERVED_GIB = 4.0
 """CUDA context, NCCL's buffers, fragmentation."""
 LATENCY_S = 20e-6
@@ -84,7 +87,9 @@ class Plan:
     cfg: LanguageRunConfig
     memory: Memory
     compute_s: float
-    """Matrix products and memory-bound kernels of a step."""
+    """Matrix products and memory-bound kernels of a step's passes."""
+    update_s: float
+    """The optimizer's."""
     tp_s: float
     dp_s: float
     host_s: float
@@ -92,7 +97,7 @@ class Plan:
     @property
     def step_s(self) -> float:
         """A step: no collective is hidden behind arithmetic today."""
-        return max(self.compute_s, self.host_s) + self.tp_s + self.dp_s
+        return max(self.compute_s, self.host_s) + self.update_s + self.tp_s + self.dp_s
 
 
 def plan(cfg: LanguageRunConfig, cluster: Cluster) -> list[Plan]:
@@ -122,7 +127,7 @@ def _layouts(cfg: LanguageRunConfig, cluster: Cluster) -> Iterator[LanguageRunCo
             continue
         micro_batches = [2**i for i in range(per_rank.bit_length()) if per_rank % 2**i == 0]
         for micro_batch in micro_batches:
-            for recompute in ("none", "selective", "block"):
+            for recompute in ("none", "states", "selective", "block"):
                 for sequence in (False, True) if tp > 1 and cfg.data.seq_len % tp == 0 else (False,):
                     for stage in (1, 2) if dp > 1 else (1,):
                         parallel = replace(
@@ -138,14 +143,16 @@ def _layouts(cfg: LanguageRunConfig, cluster: Cluster) -> Iterator[LanguageRunCo
 def predict(cfg: LanguageRunConfig, cluster: Cluster, memory: Memory | None = None) -> Plan:
     """The run's own layout, whether it fits or not. Raises ConfigError where it does not divide the step."""
     tp_s, dp_s = _link_seconds(cfg, cluster)
-    again = cfg.parallel.activation_checkpointing
+    launches = cfg.model.n_layers * passes_per_step(cfg, cluster.world_size)
+    captured = why_launched(cfg, torch.device("cuda")) is None
     return Plan(
         cfg=cfg,
         memory=memory or estimate(cfg, cluster.world_size),
         compute_s=_compute_seconds(cfg, cluster),
+        update_s=_update_seconds(cfg, cluster),
         tp_s=tp_s,
         dp_s=dp_s,
-        host_s=cfg.model.n_layers * passes_per_step(cfg, cluster.world_size) * HOST_S[again],
+        host_s=0.0 if captured else launches * HOST_S[cfg.parallel.activation_checkpointing],
     )
 
 
@@ -162,17 +169,24 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
         products += tokens / tp * (head + (whole - head) * (4 / 3 if again == "block" else 1))
         channels = tokens / tp * n_heads * model.headdim * model.n_layers
         scan = channels * (CHANNEL_S + HEAD_S / model.headdim)
-        bound += scan * (1 if again == "none" else 1 + FORWARD_SHARE)
+        bound += scan * {"none": 1.0, "states": 1 + STATES_SHARE}.get(again, 1 + FORWARD_SHARE)
         residual = between * model.d_model * model.n_layers * RESIDUAL_S
         bound += residual * (1 + FORWARD_SHARE if again == "block" else 1)
         bound += tokens / tp * model.n_vocab_rows * VOCABULARY_S + tokens * model.d_model * OUTSIDE_S
-    passes = passes_per_step(cfg, cluster.world_size)
-    parameters = local_parameters(model, tp)
-    bound += passes * parameters * PARAMETER_S
-    bound += parameters * UPDATE_S * (0.5 + 0.5 / cfg.data_parallel(cluster.world_size))
+    bound += passes_per_step(cfg, cluster.world_size) * local_parameters(model, tp) * PARAMETER_S
     faster = GPU_PEAK_TFLOPS[cluster.gpu] / GPU_PEAK_TFLOPS[MEASURED_ON]
-    wider = GPUS[cluster.gpu][1] / GPUS[MEASURED_ON][1]
-    return products / (PRODUCT_FLOP_S * faster) + bound / wider + UPDATE_HOST_S
+    return products / (PRODUCT_FLOP_S * faster) + bound / _wider(cluster, MEASURED_ON)
+
+
+def _update_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
+    parameters = local_parameters(cfg.model, cfg.parallel.tensor)
+    bound = parameters * UPDATE_S * (0.5 + 0.5 / cfg.data_parallel(cluster.world_size))
+    return bound / _wider(cluster, "H200") + UPDATE_HOST_S
+
+
+def _wider(cluster: Cluster, measured_on: str) -> float:
+    """The cluster's memory bandwidth over that of the GPU on which something bound by it was measured."""
+    return GPUS[cluster.gpu][1] / GPUS[measured_on][1]
 
 
 def _link_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> tuple[float, float]:
@@ -240,7 +254,7 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
     scaled = "" if cluster.gpu == MEASURED_ON else f", scaled to {cluster.gpu} by datasheets"
     console.print(
         f"assumed: {MEASURED_ON} rates measured on one GPU{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s, "
-        f"{HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
+        f"{HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
         f"{LATENCY_S * 1e6:.0f} us a collective, none hidden behind arithmetic; {RESERVED_GIB:.0f} GiB reserved. "
         "The link terms have not been checked on several GPUs",

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, initial_values
 from modeling.ops import ssd as ssd_module
-from modeling.ops.kernels import tiles
 from modeling.ops.dropout import Drop, dropped, dropped_float, split_mix, threshold_of
+from modeling.ops.kernels import tiles
 from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
 from modeling.ops.kernels.dropout import drop_rows
 from modeling.ops.norm import add_norm_fused, layer_norm, rms_norm
