@@ -39,7 +39,7 @@ def validation_loss(folder: Path, weights: str) -> list[float]:
     return [scores["loss"] for scores in task.scores(model, task.validation(ranks), submodels, ranks)]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"zero_stage": 2}], ids=["dp 2", "tp 2", "ZeRO 2"])
+@pytest.mark.parametrize("parallel", [{}, {"zero_stage": 2}], ids=["dp 2", "ZeRO 2"])
 def test_it_is_the_average_of_every_updates_weights_and_validation_uses_it(
     parallel: dict[str, Any], dataset: Path, tmp_path: Path
 ) -> None:

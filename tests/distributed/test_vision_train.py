@@ -157,13 +157,11 @@ def test_every_layout_trains_as_plain_torch_does(
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"data": {"n_workers": 2}},
-        {"nesting": {"rule": "sandwich", "draw": "separate"}},
-        {"nesting": {"distill_weight": 0.5, "mix_rate": 0.5}},
-        {"parallel": {"tensor": 2}},
-        {"parallel": {"zero_stage": 2}, "model": {"pool": "avg"}},
+        {"data": {"n_workers": 1}},
+        {"nesting": {"rule": "sandwich", "draw": "separate"}, "parallel": {"zero_stage": 2}, "model": {"pool": "avg"}},
+        {"nesting": {"distill_weight": 0.5, "mix_rate": 0.5}, "parallel": {"tensor": 2}},
     ],
-    ids=["all widths", "sandwich, separate draws", "distillation, mixes", "tp 2", "ZeRO 2, average"],
+    ids=["all widths", "sandwich, separate draws, ZeRO 2, average", "distillation, mixes, tp 2"],
 )
 def test_stopped_mid_epoch_and_resumed_is_bitwise_the_run_that_never_stopped(
     overrides: dict[str, Any], images: Path, tmp_path: Path

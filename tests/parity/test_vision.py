@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.classification import classification_loss
 from modeling.config import VisionConfig
 from modeling.convert import cut, cut_mix, from_matmamba_vision, to_matmamba_vision
 from modeling.noise import Noise
@@ -169,6 +170,25 @@ def test_other_sizes_and_shapes_run_on_interpolated_positions() -> None:
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_of()(torch.zeros(shape), (4, 4))
+
+
+def test_the_loss_is_soft_cross_entropy_and_distillation_by_hand() -> None:
+    model, features_bd = model_of(), torch.randn(3, 48, requires_grad=True)
+    target_bk, teacher_bk = torch.softmax(torch.randn(3, 10), -1), torch.randn(3, 10, requires_grad=True)
+    loss, logits_bk = classification_loss(
+        model, features_bd, target_bk, teacher_bk=teacher_bk, distill_weight=0.7, temperature=2.0
+    )
+    by_hand = logits_bk.double() - torch.logsumexp(logits_bk.double(), -1, keepdim=True)
+    cross_entropy = -(target_bk * by_hand).sum() / 3
+    student, teacher = (torch.softmax(x.double() / 2, -1) for x in (logits_bk, teacher_bk))
+    divergence = (teacher * (teacher / student).log()).sum() / 3
+    assert float(loss.cross_entropy) == pytest.approx(float(cross_entropy), rel=1e-6)
+    assert float(loss.total) == pytest.approx(float(cross_entropy + 0.7 * 4 * divergence), rel=1e-6)
+    loss.total.backward()
+    assert teacher_bk.grad is None, "the teacher learns nothing"
+    assert features_bd.grad is not None
+    plain, _ = classification_loss(model, features_bd, target_bk)
+    assert plain.total == plain.cross_entropy
 
 
 def test_fresh_logits_have_a_sigmoid_of_one_over_the_classes() -> None:
