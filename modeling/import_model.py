@@ -7,6 +7,7 @@
 | a folder of mamba-ssm's | config.json with ssm_cfg.layer Mamba2, and pytorch_model.bin or model.safetensors |
 | a folder of transformers' | config.json with model_type mamba2, and model.safetensors or pytorch_model.bin, in one file or several |
 | a file | a state dict of mamba-ssm's or the public MatMamba's names: .safetensors, .bin, .pt, .pth |
+| a remote_code folder of modeling.export | all widths of a nested model, as they were; a mix that was cut out is not importable |
 | a folder of the public MatMamba2Vision's, or its state dict | what its save_pretrained or training script writes |
 
 Sizes are read off the tensors; a config that disagrees with them is refused, as is what our models do not have: several B/C
@@ -21,7 +22,7 @@ import math
 import pickle
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from modeling.convert import StateDict, from_hf, from_mamba_ssm
 from modeling.export import export
 from modeling.head_order import importance_order, reorder_heads
 from modeling.import_vision import PATCHES, read_vision
+from modeling.language import LanguageModel
 from modeling.nesting import parse_width
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -50,7 +52,8 @@ class ImportModelError(ValueError):
 def read_model(
     source: Path, *, vocab_size: int | None = None
 ) -> tuple[StateDict, LanguageConfig] | tuple[StateDict, VisionConfig]:
-    """Our logical state dict (float32, CPU) of the model at `source`, and its config with one width, the full one.
+    """Our logical state dict (float32, CPU) of the model at `source`, and its config: with one width, the full one, unless
+    the source is one of ours.
 
     `vocab_size` is the number of tokens where the source does not say it, or counts padding rows. Raises ImportModelError.
     """
@@ -65,6 +68,8 @@ def read_model(
             return read_vision(theirs, about)
         except (ValueError, TypeError) as error:
             raise ImportModelError(f"{source}: {error}") from None
+    if about.get("model_type") == "matmamba":
+        return _read_remote_code(source, about, theirs)
     said = _understand(about, source / "config.json") if source.is_dir() else {}
     if "backbone.embeddings.weight" in theirs:
         theirs = from_hf(theirs)
@@ -92,6 +97,30 @@ def read_model(
     except (ValueError, TypeError) as error:
         raise ImportModelError(f"{source}: {error}") from None
     return {name: tensor.contiguous() for name, tensor in state.items()}, cfg
+
+
+def _read_remote_code(source: Path, about: dict[str, Any], theirs: StateDict) -> tuple[StateDict, LanguageConfig]:
+    """What modeling.export wrote there: our own names, but for the embedding, which came without its padding rows."""
+    path = source / "config.json"
+    values = {field.name: about[field.name] for field in fields(LanguageConfig) if field.name in about}
+    try:
+        cfg = LanguageConfig(**{**values, "widths": tuple(values.get("widths", ()))})
+    except (ValueError, TypeError) as error:
+        raise ImportModelError(f"{path}: {error}") from None
+    if about.get("layer_heads") != list(cfg.layer_widths(cfg.n_heads)):
+        raise ImportModelError(
+            f"{path}: layer_heads={str(about.get('layer_heads'))[:80]}, a mix that was cut out: import the whole model's folder"
+        )
+    state = {name: tensor.float() for name, tensor in theirs.items()}
+    embedding = state.pop("embedding.weight", torch.empty(0, cfg.d_model))
+    padding = max(0, cfg.n_vocab_rows - embedding.shape[0])
+    state["embedding"] = torch.cat([embedding, embedding.new_zeros(padding, *embedding.shape[1:])])
+    expected = LanguageModel.logical_shapes(cfg)
+    for name in sorted(expected.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else "absent"
+        if found != expected.get(name, "absent"):
+            raise ImportModelError(f"{source}: {name} is {found}, its config says {expected.get(name, 'absent')}")
+    return {name: state[name].contiguous() for name in expected}, cfg
 
 
 def _sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -233,7 +262,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, help="a folder of mamba-ssm's or transformers', or a state dict's file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="new folder")
-    parser.add_argument("--widths", default="1", help="widths to be used or trained, widest first: 1,1/2,1/4,1/8")
+    parser.add_argument(
+        "--widths", help="widths to be used or trained, widest first: 1,1/2,1/4,1/8; default: the source's, or 1"
+    )
     parser.add_argument(
         "--reorder-heads", action="store_true", help="put each layer's most important heads first (modeling.head_order)"
     )
@@ -244,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         state, cfg = read_model(args.source, vocab_size=args.vocab_size)
-        cfg = replace(cfg, widths=tuple(parse_width(part, cfg.n_heads) for part in args.widths.split(",")))
+        if args.widths is not None:
+            cfg = replace(cfg, widths=tuple(parse_width(part, cfg.n_heads) for part in args.widths.split(",")))
         moved = ""
         if args.reorder_heads:
             if not isinstance(cfg, LanguageConfig):

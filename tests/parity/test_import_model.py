@@ -80,6 +80,45 @@ def test_out_in_and_out_again_is_the_same_bytes(
         assert all(torch.equal(p, state[key]) for key, p in imported.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_remote_code_folder_comes_back_with_all_its_widths(
+    state: dict[str, Tensor], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    cfg = replace(CFG, vocab_size=100)  # 28 rows of the embedding are padding, which is not exported
+    export(state, cfg, cfg.layer_widths(8), "remote_code", tmp_path / "first", dtype=dtype)
+    assert main([str(tmp_path / "first"), "-o", str(tmp_path / "ours")]) == 0
+    imported = load_model(tmp_path / "ours")
+    assert imported.cfg == cfg
+    for name, parameter in imported.named_parameters():
+        expected = state[name].to(dtype).float() if state[name].dim() > 1 else state[name]
+        assert torch.equal(
+            parameter[:100] if name == "embedding" else parameter,
+            expected[: len(parameter)][:100] if name == "embedding" else expected,
+        ), name
+    back, _ = read_model(tmp_path / "first")
+    export(back, cfg, cfg.layer_widths(8), "remote_code", tmp_path / "second", dtype=dtype)
+    files = ("model.safetensors", "config.json")
+    assert all((tmp_path / "first" / f).read_bytes() == (tmp_path / "second" / f).read_bytes() for f in files)
+
+
+def test_a_remote_code_folder_of_a_mix_or_of_other_sizes_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+    export(state, CFG, (8, 2, 4), "remote_code", tmp_path / "mix")
+    with pytest.raises(ImportModelError, match="a mix that was cut out"):
+        read_model(tmp_path / "mix")
+    export(state, CFG, CFG.layer_widths(8), "remote_code", tmp_path / "whole")
+    config = tmp_path / "whole" / "config.json"
+    about = json.loads(config.read_text())
+    for changed, said in (
+        ({"d_state": 32}, "conv_bc[a-z_.]* is"),
+        ({"d_model": "many"}, "whole number"),
+        ({"n_layers": 2, "layer_heads": [8, 8]}, "absent"),
+        ({"widths": [3, 8]}, "widest first"),
+    ):
+        config.write_text(json.dumps(about | changed))
+        with pytest.raises(ImportModelError, match=said):
+            read_model(tmp_path / "whole")
+
+
 def test_a_model_that_transformers_wrote(tmp_path: Path) -> None:
     """Its own initial weights, its own files, in several pieces."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
