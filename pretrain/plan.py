@@ -30,6 +30,8 @@ GPUS = {  # memory in GiB as torch sees it, bandwidth in TB/s: datasheets; peaks
     "B200": (178.4, 8.0),
 }
 MEASURED_ON = "H100"
+BEFORE_HOPPER = frozenset({"A100"})
+"""Where mamba-ssm's scan runs instead of our kernels (modeling.ops.kernels.OLDEST_GPU)."""
 PRODUCT_FLOP_S = 730e12
 """bf16 matrix products at the models' shapes: 719 at 130M, 758 at 1.4B."""
 CHANNEL_S, HEAD_S = 20e-12, 500e-12
@@ -257,6 +259,7 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
         f"{HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
         f"{LATENCY_S * 1e6:.0f} us a collective, none hidden behind arithmetic; {RESERVED_GIB:.0f} GiB reserved. "
-        "The link terms have not been checked on several GPUs",
+        "The link terms have not been checked on several GPUs"
+        + (f". On an {cluster.gpu} the mixer's kernels do not run: expect less" if cluster.gpu in BEFORE_HOPPER else ""),
         soft_wrap=True,
     )

@@ -94,6 +94,9 @@ def test_the_command_prints_a_ranking_and_what_it_assumed(capsys: pytest.Capture
     printed = capsys.readouterr().out
     for expected in ("layouts fit", "fastest: parallel.tensor=", "assumed: H100 rates", "have not been checked"):
         assert expected in printed
+    assert "kernels do not run" not in printed
+    assert main([*arguments, "--gpu", "A100"]) == 0
+    assert "On an A100 the mixer's kernels do not run" in capsys.readouterr().out
     assert main([*arguments, "--gpu", "abacus"]) == 2
     assert "known are" in capsys.readouterr().err
 
