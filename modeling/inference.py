@@ -204,32 +204,35 @@ class InferenceModel:
         state.waiting = None
 
     def _run(self, tokens_bt: Tensor, state: State, absorb_b: Tensor, *, keep: bool) -> Tensor:
-        waiting: list[Tensor] = []
+        waiting: list[Tensor] | None = [] if keep else None
         x_btd = F.embedding(tokens_bt, self.embedding_vd).float()
         few = is_few(tokens_bt.shape[1], self.cfg.d_conv, self.device)
         hidden_btd = (self._run_few if few else self._run_many)(x_btd, state, absorb_b, waiting)
-        state.waiting = waiting if keep else None
+        state.waiting = waiting
         return hidden_btd
 
-    def _run_many(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor]) -> Tensor:
-        """All layers, with the mixer in chunks; each layer's projection is appended to `waiting`."""
+    def _run_many(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor] | None) -> Tensor:
+        """All layers, with the mixer in chunks; each layer's projection is appended to `waiting`, or let go."""
         how: dict[str, Any] = {"eps": self.cfg.norm_eps, "dtype": self.dtype}
         branch_btd = None
         for i, layer in enumerate(self.layers):
             x_btd, normed_btd = add_norm(x_btd, branch_btd, layer.block_norm_d, **how)
-            waiting.append(self._project(i, normed_btd, state))
-            mixed_bti = self._mix(i, waiting[-1], state, absorb_b)
+            projected_btr = self._project(i, normed_btd, state)
+            if waiting is not None:
+                waiting.append(projected_btr)
+            mixed_bti = self._mix(i, projected_btr, state, absorb_b)
             branch_btd = mixed_bti @ layer.out_id[: mixed_bti.shape[-1]]
         return add_norm(x_btd, branch_btd, self.final_norm_d, **how)[1]
 
-    def _run_few(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor]) -> Tensor:
+    def _run_few(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor] | None) -> Tensor:
         """The same in two kernels a layer beside its products."""
         how: dict[str, Any] = {"eps": self.cfg.norm_eps, "dtype": self.dtype}
         normed_btd = add_norm(x_btd, None, self.layers[0].block_norm_d, **how)[1]
         norms = [*(layer.block_norm_d for layer in self.layers[1:]), self.final_norm_d]
         for i, (layer, next_norm_d) in enumerate(zip(self.layers, norms, strict=True)):
             projected_btr = self._project(i, normed_btd, state)
-            waiting.append(projected_btr)
+            if waiting is not None:
+                waiting.append(projected_btr)
             arguments = self._mix_arguments(i, projected_btr, state, absorb_b)
             gated_bti, squares_btq = mix_step(*arguments, held=self.held[i])
             inner = gated_bti.shape[-1]

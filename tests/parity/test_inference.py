@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from modeling import nesting
 from modeling.config import LanguageConfig
 from modeling.convert import cut_mix
 from modeling.decode import Conversation, generate, prefill
-from modeling.inference import InferenceModel, carry
+from modeling.inference import InferenceModel, State, carry
 from modeling.language import LanguageModel
 from modeling.ops.kernels.step import finish_step, mix_step, shift_groups
 from modeling.ops.norm import add_norm
@@ -98,6 +99,30 @@ def test_tokens_looked_at_are_taken_in_as_far_as_asked(model: InferenceModel, wi
     assert relative(model.logits(model.forward(tokens_bt, alone)), seen) < TOLERANCE
     with pytest.raises(ValueError, match="peek first"):
         model.take(state, torch.tensor(counts, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_only_tokens_looked_at_keep_their_projections(
+    model: InferenceModel, monkeypatch: pytest.MonkeyPatch, n_tokens: int
+) -> None:
+    """Of a long prompt, all layers' projections together would take more memory than its states."""
+    living: list[weakref.ref[Tensor]] = []
+    most, project = 0, InferenceModel._project
+
+    def watched(self: InferenceModel, i: int, normed_btd: Tensor, state: State) -> Tensor:
+        nonlocal most
+        projected_btr = project(self, i, normed_btd, state)
+        living.append(weakref.ref(projected_btr))
+        most = max(most, sum(ref() is not None for ref in living))
+        return projected_btr
+
+    monkeypatch.setattr(InferenceModel, "_project", watched)
+    tokens_bt, state = torch.zeros(2, n_tokens, dtype=torch.int64), model.empty_state(2, (8, 8, 8))
+    model.forward(tokens_bt, state)
+    assert len(living) == CFG.n_layers
+    assert most <= 2, "one layer's, and the one before it until that is replaced"
+    model.peek(tokens_bt, state)
+    assert most == CFG.n_layers
 
 
 def test_a_state_is_carried_only_where_it_is_exact(model: InferenceModel) -> None:
