@@ -7,7 +7,7 @@
 | a folder of mamba-ssm's | config.json with ssm_cfg.layer Mamba2, and pytorch_model.bin or model.safetensors |
 | a folder of transformers' | config.json with model_type mamba2, and model.safetensors or pytorch_model.bin, in one file or several |
 | a file | a state dict of mamba-ssm's or the public MatMamba's names: .safetensors, .bin, .pt, .pth |
-| a remote_code folder of modeling.export | all widths of a nested model, as they were; a mix that was cut out is not importable |
+| a remote_code folder of modeling.export | its widths, as they were, also those of a width that was cut out; a mix is not importable |
 | a folder of the public MatMamba2Vision's, or its state dict | what its save_pretrained or training script writes |
 
 Sizes are read off the tensors; a config that disagrees with them is refused, as is what our models do not have: several B/C
@@ -38,7 +38,7 @@ from modeling.export import export
 from modeling.head_order import importance_order, reorder_heads
 from modeling.import_vision import PATCHES, read_vision
 from modeling.language import LanguageModel
-from modeling.nesting import parse_width
+from modeling.nesting import check_layer_widths, parse_width
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")
@@ -69,7 +69,7 @@ def read_model(
         except (ValueError, TypeError) as error:
             raise ImportModelError(f"{source}: {error}") from None
     if about.get("model_type") == "matmamba":
-        return _read_remote_code(source, about, theirs)
+        return _read_remote_code(source, about, theirs, vocab_size)
     said = _understand(about, source / "config.json") if source.is_dir() else {}
     if "backbone.embeddings.weight" in theirs:
         theirs = from_hf(theirs)
@@ -99,18 +99,30 @@ def read_model(
     return {name: tensor.contiguous() for name, tensor in state.items()}, cfg
 
 
-def _read_remote_code(source: Path, about: dict[str, Any], theirs: StateDict) -> tuple[StateDict, LanguageConfig]:
-    """What modeling.export wrote there: our own names, but for the embedding, which came without its padding rows."""
+def _read_remote_code(
+    source: Path, about: dict[str, Any], theirs: StateDict, vocab_size: int | None
+) -> tuple[StateDict, LanguageConfig]:
+    """What modeling.export wrote there: our own names, but for the embedding, which came without its padding rows.
+
+    A uniform width that was cut out is a whole model of fewer heads.
+    """
     path = source / "config.json"
     values = {field.name: about[field.name] for field in fields(LanguageConfig) if field.name in about}
     try:
         cfg = LanguageConfig(**{**values, "widths": tuple(values.get("widths", ()))})
+        layer_heads = about.get("layer_heads")
+        if isinstance(layer_heads, list):
+            check_layer_widths(tuple(layer_heads), cfg.n_heads, cfg.n_layers, 1)
+        if not isinstance(layer_heads, list) or len(set(layer_heads)) != 1:
+            raise ImportModelError(
+                f"layer_heads={str(layer_heads)[:80]}, a mix that was cut out: import the whole model's folder"
+            )
+        (heads,) = set(layer_heads)
+        cfg = replace(cfg, n_heads=heads, widths=(heads, *(width for width in cfg.widths if width < heads)))
     except (ValueError, TypeError) as error:
         raise ImportModelError(f"{path}: {error}") from None
-    if about.get("layer_heads") != list(cfg.layer_widths(cfg.n_heads)):
-        raise ImportModelError(
-            f"{path}: layer_heads={str(about.get('layer_heads'))[:80]}, a mix that was cut out: import the whole model's folder"
-        )
+    if vocab_size not in (None, cfg.vocab_size):
+        raise ImportModelError(f"{path} says vocab_size={cfg.vocab_size}, leave --vocab-size {vocab_size} out")
     state = {name: tensor.float() for name, tensor in theirs.items()}
     embedding = state.pop("embedding.weight", torch.empty(0, cfg.d_model))
     padding = max(0, cfg.n_vocab_rows - embedding.shape[0])
@@ -275,12 +287,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         state, cfg = read_model(args.source, vocab_size=args.vocab_size)
+        nested = len(cfg.widths) > 1 or not isinstance(cfg, LanguageConfig)
         if args.widths is not None:
             cfg = replace(cfg, widths=tuple(parse_width(part, cfg.n_heads) for part in args.widths.split(",")))
         moved = ""
         if args.reorder_heads:
-            if not isinstance(cfg, LanguageConfig):
-                raise ValueError("--reorder-heads is for models that were never nested; a MatMamba2Vision was")
+            if nested or not isinstance(cfg, LanguageConfig):
+                raise ValueError(
+                    "--reorder-heads is for models that were never nested: in this one the first heads are the narrow models"
+                )
             orders = importance_order(state, cfg)
             state = reorder_heads(state, cfg, orders)
             n_moved = sum(place != head for order in orders for place, head in enumerate(order))

@@ -117,6 +117,30 @@ def test_a_remote_code_folder_of_a_mix_or_of_other_sizes_is_refused(state: dict[
         config.write_text(json.dumps(about | changed))
         with pytest.raises(ImportModelError, match=said):
             read_model(tmp_path / "whole")
+    config.write_text(json.dumps(about))
+    with pytest.raises(ImportModelError, match="vocab_size=128, leave --vocab-size 100 out"):
+        read_model(tmp_path / "whole", vocab_size=100)
+
+
+@pytest.mark.parametrize(("heads", "widths"), [(4, (4, 2, 1)), (3, (3, 2, 1)), (1, (1,))])
+def test_a_width_that_was_cut_out_comes_back_with_those_inside_it(
+    state: dict[str, Tensor], heads: int, widths: tuple[int, ...], tmp_path: Path
+) -> None:
+    export(state, CFG, CFG.layer_widths(heads), "remote_code", tmp_path / "cut")
+    back, cfg = read_model(tmp_path / "cut")
+    assert cfg == replace(CFG, n_heads=heads, widths=widths)
+    for width in widths:
+        assert relative(logits(back, cfg, tokens(), width), logits(state, CFG, tokens(), width)) < TOLERANCE
+
+
+def test_heads_of_a_nested_model_keep_their_order(
+    state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(state, CFG, CFG.layer_widths(8), "remote_code", tmp_path / "nested")
+    # Also where it is to become a model of one width: its narrow models were trained, whatever they will be used for.
+    assert main([str(tmp_path / "nested"), "-o", str(tmp_path / "ours"), "--reorder-heads", "--widths", "1"]) == 2
+    assert "the first heads are the narrow models" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_model_that_transformers_wrote(tmp_path: Path) -> None:
