@@ -64,7 +64,7 @@ class GraphedPasses:
         self._captured: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Any, Loss]] = {}
 
     def __call__(self, widths: LayerWidths, inputs: Any) -> Loss:
-        """As `run`; what it returns is overwritten by the next call for the same submodel."""
+        """As `run`; what it returns is overwritten by the next call, of whatever submodel: graphs share their memory."""
         key = (widths, *(None if x is None else x.shape for x in inputs))
         if key not in self._launched or self._refused:
             self._launched.add(key)
@@ -83,7 +83,9 @@ class GraphedPasses:
         return loss
 
     def _capture(self, key: tuple[object, ...], widths: LayerWidths, inputs: Any) -> str | None:
-        """Capture a pass; None, or why it cannot be. By the time that is returned a failed capture's memory is free."""
+        """Capture a pass; None, or why it cannot be. Then no pass is captured any more and their memory is free again, which
+        launching them takes.
+        """
         fixed = type(inputs)(*(None if x is None else x.clone() for x in inputs))
         graph = torch.cuda.CUDAGraph()
         try:
@@ -91,6 +93,11 @@ class GraphedPasses:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._run(widths, fixed)
         except RuntimeError as error:
-            return str(error)
-        self._captured[key] = graph, fixed, loss
-        return None
+            why = str(error)
+        else:
+            self._captured[key] = graph, fixed, loss
+            return None
+        del graph
+        self._captured.clear()
+        torch.cuda.empty_cache()
+        return why

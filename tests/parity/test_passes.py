@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+
 import pytest
 import torch
 
@@ -142,20 +145,32 @@ def test_a_pass_that_cannot_be_captured_is_launched_and_said_so(
 
     passes = GraphedPasses(counted)
 
-    class Refusing:
-        def __init__(self, *_: object, **__: object) -> None: ...
+    class Graph:
+        def replay(self) -> None: ...
+
+    class Capture(contextlib.nullcontext[None]):
+        """The second one is refused."""
+
+        n = 0
 
         def __enter__(self) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            Capture.n += 1
+            if Capture.n == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
 
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", Refusing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Capture())
     inputs = inputs_of(0, documents=False)
-    for _ in range(3):
-        passes(CFG.layer_widths(8), inputs)
-    assert calls == [CFG.layer_widths(8)] * 3, "each pass ran once"
+    wide, narrow = CFG.layer_widths(8), CFG.layer_widths(4)
+    for _ in range(2):
+        passes(wide, inputs)
+    captured = weakref.ref(next(iter(passes._captured.values()))[0])
+    assert captured() is not None
+    calls.clear()
+    for widths in (narrow, narrow, wide, narrow, wide):
+        passes(widths, inputs)
+    assert calls == [narrow, narrow, wide, narrow, wide], "each pass ran once, also those that had been captured"
+    assert captured() is None, "a graph that is not used any more keeps no memory"
     assert sum("not permitted" in record.message for record in caplog.records) == 1
     assert gradients(model)["blocks.0.mixer.D"].any()
 
