@@ -89,8 +89,7 @@ class Engine:
         self._dp_group = ranks.dp_group
         self.gradients: GradientBuffer | None = None
         if cfg.parallel.keeps_gradients:
-            for hook in self.optimizer._grad_acc_hooks:  # they shard gradients, which ZeRO 1 does not
-                hook.remove()
+            assert not self.optimizer._grad_acc_hooks, "managed_gradient_accumulation=false leaves gradients to us"
             for parameter in self.parameters.values():
                 # DeepSpeed slices its view of a parameter with autograd on. That keeps the parameter's gradient accumulator
                 # alive, tied to the stream that was current then, and a CUDA graph may not wait for another stream.
@@ -100,6 +99,7 @@ class Engine:
             self.gradients = GradientBuffer(self.parameters.values())
         self.graphs: GraphedPasses | None = None
         """The passes as CUDA graphs, where the run has them."""
+        self._captured_at = self._addresses()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; under ZeRO 2 through DeepSpeed's hooks, which also hang on the model itself."""
@@ -131,7 +131,14 @@ class Engine:
             self._move_average()
         if self.gradients is not None:
             self.gradients.clear()
+        if self.graphs is not None and self._addresses() != self._captured_at:
+            raise RuntimeError(
+                "DeepSpeed's step moved parameters, and CUDA graphs know them by address: cuda_graphs=never"
+            )
         return float(norm)
+
+    def _addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.parameters.values()]
 
     def discard(self) -> None:
         """Clear the gradients of this step and update nothing. All ranks must call, instead of `step`.

@@ -1,10 +1,11 @@
-"""What DeepSpeed leaves alive between passes."""
+"""What CUDA graphs of passes rest on: what DeepSpeed leaves alive between them, and where it leaves it."""
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,20 +27,65 @@ def accumulator_lives_on(parameter: nn.Parameter) -> bool:
     return "seen" in torch.autograd.graph.get_gradient_edge(parameter).node.metadata
 
 
-def accumulators_after_a_pass(cfg: RunConfig) -> list[str]:
+def engine_after_a_step(cfg: RunConfig) -> Engine:
     ranks = init_ranks(1)
     model = LanguageModel(cfg.model, in_place_gradients=cfg.parallel.keeps_gradients)
     model.init_weights(0)
     engine = Engine(model, cfg, ranks)
-    ids = torch.randint(0, cfg.model.vocab_size, (2, 17))
+    a_step(engine, cfg)
+    return engine
+
+
+def a_step(engine: Engine, cfg: RunConfig) -> None:
+    model, ids = engine.model, torch.randint(0, cfg.model.vocab_size, (2, 17))
     loss = next_token_loss(model, engine(ids[:, :-1], cfg.model.layer_widths(cfg.model.n_heads)), ids[:, 1:])
     engine.backward(loss.total, last=True)
     engine.step(1e-3)
-    del loss
-    return [name for name, parameter in model.named_parameters() if accumulator_lives_on(parameter)]
+
+
+def accumulators_after_a_step(cfg: RunConfig) -> list[str]:
+    engine = engine_after_a_step(cfg)
+    return [name for name, parameter in engine.parameters.items() if accumulator_lives_on(parameter)]
+
+
+def what_moved_in_a_step(cfg: RunConfig) -> list[str]:
+    engine = engine_after_a_step(cfg)
+    before = {name: (p.data_ptr(), p.grad.data_ptr(), p.detach().clone()) for name, p in engine.parameters.items()}
+    a_step(engine, cfg)
+    assert all(not torch.equal(p, before[name][2]) for name, p in engine.parameters.items()), "updated"
+    return [name for name, p in engine.parameters.items() if (p.data_ptr(), p.grad.data_ptr()) != before[name][:2]]
+
+
+def moved_parameters_are_noticed(cfg: RunConfig) -> str:
+    engine = engine_after_a_step(cfg)
+    engine.graphs = object()  # type: ignore[assignment]
+    a_step(engine, cfg)
+    moved, step = engine.parameters["embedding"], engine.engine.step
+
+    def a_step_that_moves() -> None:
+        step()
+        moved.data = moved.data.clone()
+
+    engine.engine.step = a_step_that_moves
+    try:
+        a_step(engine, cfg)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
 
 
 def test_no_gradient_accumulator_outlives_its_pass(tmp_path: Path) -> None:
     """One that does is tied to the stream it was made on; capturing a pass as a CUDA graph then fails (seen on an H100)."""
     cfg = run_config(tmp_path / "no dataset is read", tmp_path / "run")
-    assert run_ranks(1, accumulators_after_a_pass, cfg) == [[]]
+    assert run_ranks(1, accumulators_after_a_step, cfg) == [[]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_updates_parameters_where_they_are(world_size: int, tmp_path: Path) -> None:
+    cfg = run_config(tmp_path / "no dataset is read", tmp_path / "run")
+    assert run_ranks(world_size, what_moved_in_a_step, cfg) == [[]] * world_size
+
+
+def test_a_step_that_moves_parameters_is_noticed(tmp_path: Path) -> None:
+    cfg = run_config(tmp_path / "no dataset is read", tmp_path / "run")
+    assert "moved parameters" in run_ranks(1, moved_parameters_are_noticed, cfg)[0]
