@@ -9,9 +9,10 @@ gradient by the state after it; M = (C B^T) L with L_ls = delta_s e^(a_l - a_s),
        dC = (e^a dy) S^T + d(C B^T) B      dB = (e^(a_end - a) delta x) dS^T + d(C B^T)^T C.
 4. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
        da = rowsum(dM M) - colsum(dM M) + e^a dy . C S - delta e^(a_end - a) x . B dS, and at the end e^(a_end) S . dS.
-   In the running sum that follows, the row and column sums of the pairs inside it must cancel. colsum(dM M) is taken as
-   x . M^T dy, a sum over channels, not over a column that lies in all warps; both come from one M, as rounded for the
-   product, so they differ by float32's rounding alone. What reaches delta through L is colsum(dM M) / delta.
+   In the running sum that follows, the row and column sums of the pairs inside it must cancel. The two subtracted terms
+   are taken as x . (M^T dy + delta e^(a_end - a) B dS), one sum over channels, not over a column that lies in all warps;
+   both sums come from one M, as rounded for the product, so they differ by float32's rounding alone. Both terms have a
+   factor delta, so what reaches it past a is their sum / delta.
 
 No atomics: the same bits each time.
 """
@@ -114,17 +115,6 @@ def _inputs_gradients(
         grad_x_tiles.store([b, t, h, 0], grad_x.to(dy.dtype).reshape(1, CHUNK, 1, COLUMNS))
     out = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * tl.num_programs(0) + part) * (CHUNK * CHUNK)
     tl.store(out + l[:, None] * CHUNK + l[None, :], tl.where(visible, grad_scores, 0.0))
-
-
-@triton.jit
-def _score_gradients(grad_scores_ptr, b, c, n_chunks, parts, CHUNK: tl.constexpr):
-    """d(C B^T) of a chunk: the sum of what each part of the heads left."""
-    l = tl.arange(0, CHUNK)
-    total = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for part in range(parts):
-        at = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * parts + part) * (CHUNK * CHUNK)
-        total += tl.load(at + l[:, None] * CHUNK + l[None, :])
-    return total
 
 
 @triton.jit
@@ -234,7 +224,7 @@ def scan_backward(
     grad_states, grad_mixed = torch.empty_like(states), torch.empty_like(mixed_btc)
     x, group, dy = head_tiles(mixed_btc, h, headdim), group_tiles(mixed_btc, n), head_tiles(grad_y_bti, h, headdim)
     S, dS, grad_group = state_tiles(states), state_tiles(grad_states), group_tiles(grad_mixed, n)
-    # Of each step and head: rowsum(dM M), colsum(dM M), what it sends to the end, dy . x.
+    # Of each step and head: rowsum(dM M), colsum(dM M) with what it sends to the end, that alone, dy . x.
     rows = torch.empty(*steps.delta.shape, 4, dtype=torch.float32, device=mixed_btc.device)
     reached = torch.empty_like(steps.delta)
     decayed = torch.empty(b, n_chunks, h, dtype=torch.float32, device=mixed_btc.device)
