@@ -1,6 +1,6 @@
 """GPU memory of one rank, estimated from the config: what a layout needs, before anybody waits for a GPU. Pure integers.
 
-The estimate is torch's allocator's peak (`torch.cuda.max_memory_allocated`) with the fused Triton mixers in bfloat16;
+The estimate is the peak of what torch's allocator hands out and CUDA graphs keep, with the fused Triton mixers in bfloat16;
 the CUDA context, NCCL and fragmentation take one to three GiB more. tests/perf/layout.py measures it.
 
 Letters: m tokens of a micro-batch, d model, i inner channels and h heads of the full width on this rank, n state, v rows of the
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.flops import local_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from modeling.nesting import local_heads
 from pretrain.config import RunConfig
+from pretrain.passes import why_launched
 
 FLOAT, BF16 = 4, 2
 SCAN_CHUNK = 64
@@ -36,11 +39,13 @@ class Memory:
     """Kept from forward for backward."""
     transient: int
     """Alive for a moment at the peak: the loss's logits, a block's gradients, or the update's flat gradients."""
+    update: int
+    """The update's flat gradients again, where CUDA graphs keep the memory of the passes from it."""
 
     @property
     def total(self) -> int:
         """The peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient + self.update
 
 
 def estimate(cfg: RunConfig, world_size: int) -> Memory:
@@ -62,12 +67,14 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
     in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)
     in_update = shard * FLOAT
+    graphs = why_launched(cfg, torch.device("cuda")) is None
     return Memory(
         parameters=parameters * FLOAT,
         gradients=parameters * FLOAT,
         optimizer=(4 if cfg.optim.ema_decay else 3) * shard * FLOAT,
         activations=activations,
-        transient=max(in_backward, in_update - activations),
+        transient=in_backward if graphs else max(in_backward, in_update - activations),
+        update=in_update if graphs else 0,
     )
 
 

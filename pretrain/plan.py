@@ -256,10 +256,12 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
     scaled = "" if cluster.gpu == MEASURED_ON else f", scaled to {cluster.gpu} by datasheets"
     console.print(
         f"assumed: {MEASURED_ON} rates measured on one GPU{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s, "
-        f"{HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
+        f"at most {HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
         f"{LATENCY_S * 1e6:.0f} us a collective, none hidden behind arithmetic; {RESERVED_GIB:.0f} GiB reserved. "
         "The link terms have not been checked on several GPUs"
-        + (f". On an {cluster.gpu} the mixer's kernels do not run: expect less" if cluster.gpu in BEFORE_HOPPER else ""),
+        + (
+            f". On an {cluster.gpu} the mixer's kernels do not run: expect less" if cluster.gpu in BEFORE_HOPPER else ""
+        ),
         soft_wrap=True,
     )

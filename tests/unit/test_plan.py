@@ -49,6 +49,13 @@ def test_one_gpu_is_predicted_as_measured(row: dict[str, Any]) -> None:
     assert passes / GIB == pytest.approx(row["ours_peak_gib"], rel=0.05)
 
 
+def test_graphs_keep_the_memory_of_passes_from_the_update() -> None:
+    graphs, launched = (estimate(config("1b4", f"cuda_graphs={mode}"), 4) for mode in ("auto", "never"))
+    assert graphs.update == graphs.optimizer // 3 > 0 == launched.update
+    assert graphs.total == launched.total + graphs.update, "launched passes leave more than the update needs"
+    assert estimate(config("1b4", "parallel.zero_stage=2"), 4).update == 0, "its passes are launched"
+
+
 @pytest.mark.parametrize(("nodes", "gpus", "gpu"), [(1, 1, "H200"), (1, 8, "A100"), (4, 8, "H100")])
 def test_every_planned_layout_fits_and_divides_the_step(nodes: int, gpus: int, gpu: str) -> None:
     plans = plan(config("1b4"), cluster(nodes, gpus, gpu))
