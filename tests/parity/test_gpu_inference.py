@@ -1,4 +1,4 @@
-"""On a GPU: decoding through the compiled step, CUDA graphs and bfloat16 against the CPU's float32."""
+"""On a GPU: decoding through the fused step, CUDA graphs and bfloat16 against the CPU's float32."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ and --speculate also times speculation on it. All sides hold the same bfloat16 w
 is (time of a long generation - time of a short one) / (their difference in tokens), the median of --repeats, so that the
 prompt and the capture of CUDA graphs cancel. mamba-ssm runs with its CUDA graphs, transformers as `generate` does by
 default, for fewer tokens, because it is slow. The floor is one reading of the weights in use and one reading and writing of
-the states at --bandwidth.
+the states at a large copy's bandwidth.
 
 The record is written after every row, so that a run that is cut short has lost one row; rows that have not begun by
 --seconds are named in it instead. Without causal_conv1d both libraries convolve in plain torch; what cannot be imported is
@@ -45,6 +45,8 @@ from modeling.ops.upstream import allow_import_without_cuda_extension
 from modeling.sampling import Sampling
 from modeling.speculative import generate_speculatively
 from pretrain.config_io import load_config
+from pretrain.provenance import git_commit
+from tests.perf.kernels import copy_bandwidth
 
 PROMPT_TOKENS = 16
 GIB = 2**30
@@ -350,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--widths", nargs="+", help="as 1 1/2 8h; default: every trained width")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=170, help="begin no new row after so many; speculation's too")
-    parser.add_argument("--bandwidth", type=float, default=4.27, help="TB/s of a copy on this GPU, for the floor")
+    parser.add_argument("--bandwidth", type=float, help="TB/s for the floor; default: measured, of a large copy")
     parser.add_argument("--skip", nargs="*", default=[], choices=("mamba_ssm", "transformers"))
     parser.add_argument("--speculate", action="store_true", help="speculation first, which needs a trained model")
     parser.add_argument("--prompt-ids", type=Path, help="JSON lists of token ids to speculate from; default: random")
@@ -362,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
         print("error: no GPU: this measures decoding on one", file=sys.stderr)
         return 2
     torch.manual_seed(0)
+    args.bandwidth = args.bandwidth or copy_bandwidth() / 1e12
+    free()
     record = Record(args.out, args.seconds)
     allow_import_without_cuda_extension()
     absent = {
@@ -384,6 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         "absent": absent,
         "model": asdict(cfg),
         "prompt_tokens": PROMPT_TOKENS,
+        "commit": git_commit(),
         "bandwidth_tb_per_s": args.bandwidth,
         "rows": [],
     }

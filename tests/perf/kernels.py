@@ -98,7 +98,7 @@ def needs(name: str, level: int) -> dict[str, Needs]:
         "_gated_forward": (m * i * 6, 0),
         "_gated_backward": (m * i * 10, 0),
         "_residual_forward": (m * d * 12, 0),
-        "_residual_backward": (m * d * 16, 0),
+        "_residual_backward": (m * d * 14, 0),
         "_softmax_statistics": (m * v * 2, 0),
         "_softmax_gradient": (m * v * 4, 0),
         "products of the layer": (0, 6 * m * d * (rows + i)),

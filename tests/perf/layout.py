@@ -1,6 +1,6 @@
 """Memory and time of a training step on one GPU, for every LM size and way of recomputing; what the layout machinery costs.
 
-    python -m tests.perf.layout -o record.json [--sizes 130m 370m 790m 1b4] [--modes none selective block] [--micro-batch N]
+    python -m tests.perf.layout -o record.json [--sizes 130m 370m 790m 1b4] [--modes none states selective block] [--micro-batch N]
 
 For each size and mode: the peak of torch's allocator in the passes and in DeepSpeed's update, beside the estimate that
 `--dry-run` prints, and the median time of a micro-batch of all widths. For each size without recomputation also two ratios
@@ -36,7 +36,7 @@ from pretrain.memory import estimate
 from pretrain.optim import parameter_groups
 from pretrain.provenance import git_commit, versions
 
-MODES = ("none", "selective", "block")
+MODES = ("none", "states", "selective", "block")
 GIB = 2**30
 
 
