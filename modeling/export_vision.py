@@ -102,11 +102,11 @@ def write_timm(
 def write_matmamba_vision(folder: Path, state: StateDict, cfg: VisionConfig) -> None:
     """What the public MatMamba2Vision.from_pretrained reads: config.json and a pickled state dict of the whole model.
 
-    Raises ValueError where that model cannot be of these sizes: it fixes headdim, the state's and the convolution's.
+    Raises ValueError where that model cannot be of these sizes: it has 64 heads of d_model / 32 channels and eps of 1e-5.
     """
     fixed: dict[str, tuple[float, float]] = {
         "headdim": (cfg.headdim, cfg.d_model // 32),
-        "n_heads": (cfg.d_inner, 2 * cfg.d_model),
+        "n_heads": (cfg.n_heads, 64),
     }
     fixed |= {"norm_eps": (cfg.norm_eps, 1e-5)}
     for name, (ours, theirs) in fixed.items():
