@@ -49,7 +49,7 @@ def wait_for(what: str, ready: Callable[[], bool], timeout_s: float, every_s: fl
 
 
 class Cluster:
-    """Nodes n1, n2, ... of 64 CPUs and 8 GPUs, partition main and a preempting one, urgent."""
+    """Nodes n1, n2, ... of 112 CPUs and 8 GPUs (a DGX H100 has as many), partition main and a preempting one, urgent."""
 
     def __init__(self, folder: Path, n_nodes: int) -> None:
         self.folder, self.nodes = folder, [f"n{i}" for i in range(1, n_nodes + 1)]
@@ -223,7 +223,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=DEFAULT CPUs=64 Boards=1 SocketsPerBoard=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=512000 Gres=gpu:h100:8 State=UNKNOWN
+NodeName=DEFAULT CPUs=112 Boards=1 SocketsPerBoard=2 CoresPerSocket=56 ThreadsPerCore=1 RealMemory=512000 Gres=gpu:h100:8 State=UNKNOWN
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF
