@@ -64,6 +64,9 @@ def find_splits(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     folder = Path(path)
     if folder.is_dir():
         names = sorted(str(entry) for entry in folder.iterdir() if not entry.name.startswith("."))
+        # Labels and boxes lie beside ILSVRC's archives, and its dogs (_t3) are in the archive of all.
+        names = [n for n in names if Path(n).is_dir() or n.endswith((".tar", ".parquet"))] or names
+        names = [n for n in names if not n.endswith("_t3.tar") or f"{n.removesuffix('_t3.tar')}.tar" not in names]
         if [Path(name).name for name in names] == ["data"]:  # as a snapshot of a hub data set lies on a disk
             return find_splits(names[0])
     else:
@@ -162,6 +165,11 @@ def _files(path: str, option: str) -> list[str]:
     if Path(path).is_dir():
         folders = (Path(path), Path(path) / "data")
         inside = sorted(str(p) for folder in folders for kind in ("*.tar", "*.parquet") for p in folder.glob(kind))
+        if inside and (loose := next(iter(in_folder(Path(path))), None)) is not None:
+            raise InputError(
+                f"{option} {path}: holds archives or parquet files ({Path(inside[0]).name}) and image files "
+                f"({loose.ref.name}): name the ones that are meant, or move the others away"
+            )
         return inside or [path]
     matches = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
     for match in matches:

@@ -84,6 +84,10 @@ def prepare_image(data: bytes, policy: ImagePolicy) -> Outcome:
         outcome.jpeg = _encode(_shortened(_to_rgb(image, policy, outcome.what), policy, outcome.what), policy)
     except _LeftOut as left_out:
         outcome.what = {LEFT_OUT + left_out.reason: left_out.detail}
+    except MemoryError:
+        raise
+    except Exception as error:  # what Pillow decoded it may still not be able to convert
+        outcome.what = {LEFT_OUT + "damaged": repr(error)[:200]}
     return outcome
 
 
@@ -105,8 +109,7 @@ def _from_jpeg(data: bytes, policy: ImagePolicy, what: dict[str, str]) -> bytes:
     turn = _orientation(data)
     if turn != UPRIGHT and policy.orientation == "apply":
         what["converted_orientation"] = str(turn)
-        upright = ImageOps.exif_transpose(_with_orientation(pixels, turn))
-        return _encode(_shortened(np.asarray(upright), policy, what), policy)
+        return _encode(_shortened(_turned(pixels, turn), policy, what), policy)
     if turn != UPRIGHT:
         what["kept_orientation"] = str(turn)
     if must_shrink:
@@ -145,8 +148,6 @@ def _to_rgb(image: Image.Image, policy: ImagePolicy, what: dict[str, str]) -> Pi
     turn = _turn(image)
     if turn != UPRIGHT:
         what["converted_orientation" if policy.orientation == "apply" else "kept_orientation"] = str(turn)
-        if policy.orientation == "apply":
-            image = ImageOps.exif_transpose(image)
     if image.mode == "P":
         what["converted_palette"] = ""
     if image.mode.startswith("I"):
@@ -163,7 +164,7 @@ def _to_rgb(image: Image.Image, policy: ImagePolicy, what: dict[str, str]) -> Pi
         image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
     elif image.mode in ("L", "1"):
         what["converted_greyscale"] = image.mode
-    return np.asarray(image.convert("RGB"))
+    return _turned(np.asarray(image.convert("RGB")), turn if policy.orientation == "apply" else UPRIGHT)
 
 
 def _shortened(pixels: Pixels, policy: ImagePolicy, what: dict[str, str]) -> Pixels:
@@ -206,7 +207,10 @@ def _turn(image: Image.Image) -> int:
     return found if found in range(1, 9) else UPRIGHT
 
 
-def _with_orientation(pixels: Pixels, turn: int) -> Image.Image:
+def _turned(pixels: Pixels, turn: int) -> Pixels:
+    """The pixels upright. By EXIF of our own making: Pillow, asked to turn an image, writes all of its EXIF anew, damage too."""
+    if turn == UPRIGHT:
+        return pixels
     image = Image.fromarray(pixels)
     image.getexif()[ORIENTATION_TAG] = turn
-    return image
+    return np.asarray(ImageOps.exif_transpose(image))

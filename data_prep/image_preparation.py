@@ -83,6 +83,8 @@ class ImagePreparation:
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
             raise ValueError(f"--shard-bytes {self.shard_bytes}: must be at least 1")
+        if self.n_workers < 1:
+            raise ValueError(f"--workers {self.n_workers}: must be at least 1, or 0 for all cores")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"--rank {self.rank} of --world-size {self.world_size}: must lie in 0..world size - 1")
         self.settings = asdict(self.policy) | {

@@ -70,11 +70,21 @@ def in_tar(path: str) -> Iterator[Found]:
                     with tarfile.open(fileobj=inside, mode="r:") as inner:
                         for image in _image_members(inner):
                             yield _tar_image(path, image, Path(member.name).stem, member.offset_data)
+                        _check_end(inner, f"{path}: {member.name}")
                 elif _is_image(member):
                     class_name = numbers.get(_key(member.name), Path(member.name).parent.name or None)
                     yield _tar_image(path, member, class_name, 0)
+            _check_end(outer, path)
     except (tarfile.TarError, OSError) as error:
         raise InputError(unreadable(path, error)) from error
+
+
+def _check_end(archive: tarfile.TarFile, name: str) -> None:
+    """Raise InputError unless the archive, gone through, ends as one does. `tarfile` takes a damaged header for the end."""
+    assert archive.fileobj is not None, "an open archive"
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise InputError(unreadable(name, ValueError(f"no end of archive and no header at byte {archive.offset:,}")))
 
 
 def _image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

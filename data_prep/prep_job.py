@@ -21,9 +21,21 @@ class OutputError(ValueError):
 
 @contextlib.contextmanager
 def locked(output: Path, part: str) -> Iterator[None]:
-    """Refuse to run where another process writes the same part."""
+    """Refuse to run where another process writes the same part, or where the work was shared among another number of jobs.
+
+    A job that Slurm runs again alone (`--array=3`) sees one task and takes itself for the only one.
+    """
     folder = output / PROGRESS_FOLDER
     folder.mkdir(exist_ok=True)
+    _, _, world_size = part.rpartition("-of-")
+    for other in sorted(folder.glob("part-*-of-*.lock")):
+        if other.stem.rpartition("-of-")[2] != world_size:
+            theirs = int(other.stem.rpartition("-of-")[2])
+            raise OutputError(
+                f"{output} was begun by {theirs} jobs, this is one of {int(world_size)}: to run one of them again, say "
+                f"--rank N --world-size {theirs} (a Slurm array of a few tasks does not know the others); to share the "
+                "work anew, name another --output"
+            )
     with open(folder / f"{part}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

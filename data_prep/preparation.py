@@ -83,6 +83,15 @@ class Preparation:
             raise ValueError(f"--val-fraction {self.settings.val_fraction}: must lie in [0, 1)")
         if self.row_tokens < 1:
             raise ValueError(f"--row-tokens {self.row_tokens}: must be at least 1")
+        least = {
+            "--max-tokens": (self.max_tokens, 0),
+            "--shard-bytes": (self.shard_bytes, 1),
+            "--workers": (self.n_workers, 1),
+        }
+        least["--max-document-mb"] = self.settings.max_document_bytes >> 20, 1
+        for option, (value, bound) in least.items():
+            if value < bound:
+                raise ValueError(f"{option} {value}: must be at least {bound}")
         kind, _, level = self.compression.partition(":")
         if self.compression and (kind != "zstd" or (level and not (level.isdigit() and 1 <= int(level) <= 22))):
             raise ValueError(f"--compression {self.compression}: use zstd or zstd:LEVEL, 1..22")

@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", default="", metavar="PNG", help="where to draw document lengths, or images")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: one for each core")
     args = parser.parse_args(argv)
+    if args.picture and not Path(args.picture).parent.is_dir():
+        print(f"error: --picture {args.picture}: there is no folder to put it into", file=sys.stderr)
+        return 2
     if manifest_kind(args.folder) == "images":
         return verify_images(Path(args.folder), args.picture, args.workers or cores())
     try:

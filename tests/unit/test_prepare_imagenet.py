@@ -145,9 +145,13 @@ def test_ilsvrcs_archives(originals: dict[str, dict[str, bytes]], tmp_path: Path
     else:
         rows = (f"{name[:-5]},{original.split('/')[0]} 10 20 30 40 \n" for name, (original, _) in flat.items())
         text = "ImageId,PredictionString\n" + "".join(rows)
-    (tmp_path / "labels").write_text(text)
+    # What usually lies beside: labels, whose name says val too, boxes, and the dogs, which are in the whole archive.
+    (source / "LOC_val_solution.csv").write_text(text)
+    (source / "ILSVRC2012_bbox_train_v2.tar.gz").write_bytes(b"")
+    (source / "ILSVRC2012_img_train_t3.tar").write_bytes((source / "ILSVRC2012_img_train.tar").read_bytes())
     assert prepare(tmp_path / "no", "--input", str(source)) == 2
-    assert prepare(tmp_path / "out", "--input", str(source), "--val-labels", str(tmp_path / "labels")) == 0
+    labels_of = str(source / "LOC_val_solution.csv")
+    assert prepare(tmp_path / "out", "--input", str(source), "--val-labels", labels_of) == 0
     assert_is(tmp_path / "out", originals)
 
 
@@ -396,6 +400,21 @@ def test_orientation_is_ignored_or_applied(turn: int) -> None:
     assert again.what == {}
 
 
+@pytest.mark.parametrize("format_", ["JPEG", "WEBP"])
+def test_damaged_exif_stops_nothing(format_: str) -> None:
+    """Every byte of EXIF broken in turn: the image comes out, turned or not."""
+    whole = encoded(PICTURE, format_, exif=exif(6))
+    start = whole.index(b"II*\x00") if b"II*\x00" in whole else whole.index(b"MM\x00*")
+    seen = set()
+    for place in range(start, start + len(exif(6).tobytes()) - 6):
+        data = bytearray(whole)
+        data[place] ^= 0xFF
+        outcome = prepare_image(bytes(data), ImagePolicy(orientation="apply"))
+        assert outcome.jpeg is not None
+        seen.add("converted_orientation" in outcome.what)
+    assert seen == {True, False}
+
+
 def test_short_sides_are_reduced_and_never_enlarged() -> None:
     policy = ImagePolicy(resize_short=20, quality=95)
     for data, kept in ((WHOLE, "converted_size"), (encoded(PICTURE, "PNG"), "converted_size")):
@@ -538,6 +557,40 @@ def test_inputs_that_cannot_be_are_named(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("damage", ["between_members", "in_a_header", "a_bit_of_a_header"])
+def test_an_archive_that_stops_early_is_noticed(
+    nested: bool, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tarfile` takes a header that it cannot read for the end of the archive."""
+    members = {(f"{i}.jpg" if nested else f"{'ab'[i % 2]}/{i}.jpg"): WHOLE for i in range(12)}
+    data = bytearray(write_tar(tmp_path / "a.tar", members).read_bytes())
+    each = 512 + -(-len(WHOLE) // 512) * 512
+    if damage == "a_bit_of_a_header":
+        data[6 * each + 5] ^= 1
+    else:
+        data = data[: 6 * each + (100 if damage == "in_a_header" else 0)]
+    if nested:
+        (tmp_path / "a.tar").unlink()
+        write_tar(tmp_path / "train.tar", {"a.tar": bytes(data), "b.tar": bytes(data)})
+    else:
+        (tmp_path / "train.tar").write_bytes(data)
+    assert prepare(tmp_path / "out", "--train", str(tmp_path / "train.tar"), "--val-fraction", "0.2") == 2
+    said = capsys.readouterr().err
+    assert "train.tar: a.tar: cannot be read" in said if nested else "train.tar: cannot be read" in said
+    assert f"no header at byte {6 * each:,}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_archives_beside_class_folders_are_not_guessed_about(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    write_tar(tmp_path / "train" / "old.tar", {"ant/a.jpg": WHOLE})
+    assert prepare(tmp_path / "out", "--train", str(tmp_path / "train"), "--val-fraction", "0.2") == 2
+    assert "holds archives or parquet files (old.tar) and image files (" in capsys.readouterr().err
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     images = {f"{name}/{i}.jpg": WHOLE for name in ("train", "bus") for i in range(4)}
     write_tree(tmp_path / "vehicles", images)
@@ -604,6 +657,10 @@ def test_workers_jobs_and_interruption_change_nothing(
     assert "shards are not made, shard.00000.mds of train among them" in capsys.readouterr().err
     made = len(list(outputs[2].rglob("shard.*.mds")))
     assert made == -(-(len(list(outputs[0].rglob("shard.*.mds"))) - 1) // 3)
+    assert prepare_imagenet.main(array) == 2
+    assert "was begun by 3 jobs, this is one of 1: to run one of them again, say --rank N --world-size 3" in (
+        capsys.readouterr().err
+    )
     for rank in ("0", "2"):
         assert prepare_imagenet.main([*array, "--world-size", "3", "--rank", rank]) == 0
     assert prepare_imagenet.main([*array, "--merge"]) == 0

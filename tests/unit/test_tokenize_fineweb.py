@@ -103,6 +103,8 @@ def test_an_array_of_jobs_is_merged(folder: Path, tmp_path: Path, capsys: pytest
     assert prepare(folder, out, "--world-size", "2", "--rank", "1") == 0
     assert tokenize_fineweb.main(["--merge", "--output", str(out)]) == 2
     assert "part-00000-of-00002 not finished" in capsys.readouterr().err
+    assert prepare(folder, out) == 2, "a task of an array run again alone takes itself for the only one"
+    assert "was begun by 2 jobs, this is one of 1" in capsys.readouterr().err
     assert prepare(folder, out, "--world-size", "2", "--rank", "0") == 0
     assert tokenize_fineweb.main(["--merge", "--output", str(out)]) == 0
     assert prepare(folder, tmp_path / "whole") == 0
@@ -242,6 +244,10 @@ def test_a_large_row_group_is_streamed(tmp_path: Path, monkeypatch: pytest.Monke
         (("--compression", "lz4"), ("a.parquet",), "use zstd"),
         (("--rank", "3", "--world-size", "2"), ("a.parquet", "b.jsonl"), "--rank 3"),
         (("--world-size", "2"), ("a.parquet",), "1 input files"),
+        (("--max-tokens", "-5"), ("a.parquet",), "--max-tokens -5: must be at least 0"),
+        (("--shard-bytes", "0"), ("a.parquet",), "--shard-bytes 0: must be at least 1"),
+        (("--workers", "-2"), ("a.parquet",), "--workers -2: must be at least 1"),
+        (("--max-document-mb", "0"), ("a.parquet",), "--max-document-mb 0: must be at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
