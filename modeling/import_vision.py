@@ -32,6 +32,7 @@ def read_vision(theirs: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple
     if missing:
         raise ValueError(f"no MatMamba2Vision: {missing[0]} is missing (there are {', '.join(list(theirs)[:3])}, ...)")
     only: dict[str, tuple[Any, ...]] = {"d_intermediate": (0,), "attn_layer_idx": ([], None), "pool": ("cls", "avg")}
+    only["norm_epsilon"] = (1e-5,)  # of its block norms; that of its gated norms is fixed, and ours is one for both
     for key, allowed in only.items():
         if key in about and about[key] not in allowed:
             raise ValueError(f"config.json: {key}={about[key]!r}, our models have {allowed[0]!r}: not importable")
@@ -48,7 +49,6 @@ def read_vision(theirs: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple
         headdim=d_inner // n_heads,
         d_state=(channels - d_inner) // 2,
         d_conv=d_conv,
-        norm_eps=about.get("norm_epsilon", 1e-5),
         n_classes=theirs["head.weight"].shape[0],
         image_size=side * patch_size,
         patch_size=patch_size,

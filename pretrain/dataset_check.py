@@ -9,38 +9,22 @@ from pathlib import Path
 
 from streaming.base.storage import CloudDownloader
 
-from data_prep.shard_schema import INDEX_NAME, MANIFEST_NAME, Manifest, file_sha256, read_manifest
+from data_prep.shard_schema import INDEX_NAME, MANIFEST_NAME, Manifest, read_manifest
 from pretrain.config import ConfigError, DataConfig
+from pretrain.manifest_check import check_manifest
 from pretrain.shard_store import DatasetError
 
 
-def check_dataset(cfg: DataConfig, vocab_size: int) -> Manifest:
-    """The dataset's manifest, once everything that can be known before training was found in order.
+def check_dataset(cfg: DataConfig, vocab_size: int, *, training: bool = True) -> Manifest:
+    """The dataset's manifest, once everything that can be known before training was found in order; without `training` of
+    val alone.
 
     Raises FileNotFoundError (no dataset, a shard is missing), ConfigError (the config asks for what the dataset is
     not) or DatasetError (damaged). Touches no shared memory; any rank may call it alone.
     """
     manifest = manifest_of(cfg)
-    if manifest.vocab_size > vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size}, but {cfg.path} was tokenized with {manifest.tokenizer_name}, whose ids "
-            f"reach {manifest.vocab_size - 1}: set model.vocab_size={manifest.vocab_size} or more, or prepare the data "
-            "with the tokenizer that the model is for"
-        )
-    if cfg.tokenizer:
-        found = file_sha256(cfg.tokenizer)
-        if found != manifest.tokenizer_sha256:
-            raise ConfigError(
-                f"data.tokenizer={cfg.tokenizer} has hash {found[:16]}..., but {cfg.path} was tokenized with "
-                f"{manifest.tokenizer_name}, {manifest.tokenizer_sha256[:16]}...: name that file, or prepare the data again"
-            )
-    if manifest.row_tokens % cfg.seq_len:
-        divisors = [d for d in range(1, manifest.row_tokens + 1) if manifest.row_tokens % d == 0]
-        raise ConfigError(
-            f"data.seq_len={cfg.seq_len} does not divide the dataset's rows of {manifest.row_tokens} tokens: use one "
-            f"of {divisors[-8:]}, or prepare the data with --row-tokens a multiple of {cfg.seq_len}"
-        )
-    for split, n_needed in (("train", cfg.sequences_per_step), ("val", 1)):
+    check_manifest(manifest, cfg, vocab_size)
+    for split, n_needed in (("train", cfg.sequences_per_step), ("val", 1)) if training else (("val", 1),):
         n_rows = check_index(cfg.path, cfg.cache_dir, split)
         n_sequences = n_rows * (manifest.row_tokens // cfg.seq_len)
         if n_sequences < n_needed:

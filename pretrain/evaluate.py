@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             submodels = {text: read_widths(text, full, n_layers) for text in args.width}
         task = task_of(cfg)
-        task.check_data()
+        task.check_data(training=False)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -52,7 +52,7 @@ class ImageDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How training images are varied. Loader processes do the first eight, the device the others.
+    """How training images are varied. Loader processes do the first seven, the device the others.
 
     Every draw is a function of the run's seed and of the image's place in the training stream.
     """

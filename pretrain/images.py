@@ -25,10 +25,10 @@ from torch.utils.data import Dataset, get_worker_info
 from data_prep.image_codec import JpegError, Pixels
 from data_prep.image_schema import IMAGE_COLUMN, LABEL_COLUMN, NAME_COLUMN, ImageManifest, read_image_manifest
 from data_prep.shard_schema import SPLITS
-from pretrain.config import ConfigError
 from pretrain.dataset_check import check_index, manifest_folder
 from pretrain.image_config import AugmentConfig, ImageDataConfig
 from pretrain.image_transform import evaluation_pixels, training_pixels
+from pretrain.manifest_check import check_image_manifest
 from pretrain.shard_store import DatasetError, RowStore
 from pretrain.stream import RowOrder, StepLoader, batch_loader
 
@@ -207,22 +207,20 @@ def _centred(jpeg: bytes, number: int, *, size: int, crop_ratio: float) -> Pixel
     return evaluation_pixels(jpeg, size, crop_ratio)
 
 
-def check_image_dataset(cfg: ImageDataConfig, n_classes: int) -> ImageManifest:
+def check_image_dataset(cfg: ImageDataConfig, n_classes: int | None, *, training: bool = True) -> ImageManifest:
     """The dataset's manifest, once everything that can be known before training was found in order.
+
+    Without `training` only val is read, which is what is checked then; n_classes None takes any number of classes.
 
     Raises FileNotFoundError (no dataset, a shard is missing), ConfigError (the config asks for what the dataset is
     not) or DatasetError (damaged). Touches no shared memory; any rank may call it alone.
     """
     manifest = _manifest_of(cfg)
-    if len(manifest.classes) != n_classes:
-        raise ConfigError(
-            f"model.n_classes={n_classes}, but {cfg.path} has {len(manifest.classes)} classes: set "
-            f"model.n_classes={len(manifest.classes)}, or name another dataset"
-        )
-    for split in SPLITS:
+    check_image_manifest(manifest, cfg, n_classes, training=training)
+    for split in SPLITS if training else ("val",):
         if empty := manifest.empty_classes(split):
             raise DatasetError(
-                f"{cfg.path}: split {split} has no image of {len(empty)} of {n_classes} classes, {', '.join(empty[:5])} "
+                f"{cfg.path}: split {split} has no image of {len(empty)} of {len(manifest.classes)} classes, {', '.join(empty[:5])} "
                 "among them: prepare the data again"
             )
         n_rows = check_index(cfg.path, cfg.cache_dir, split)
@@ -241,11 +239,6 @@ def check_image_dataset(cfg: ImageDataConfig, n_classes: int) -> ImageManifest:
             cfg.eval_crop_ratio,
             short,
             cfg.image_size,
-        )
-    if manifest.n_images["train"] < cfg.images_per_step:
-        raise ConfigError(
-            f"{cfg.path}: split train holds {manifest.n_images['train']} images, a step needs {cfg.images_per_step}: "
-            "lower data.images_per_step"
         )
     return manifest
 

@@ -27,9 +27,9 @@ class LanguageTask:
 
     cfg: LanguageRunConfig
 
-    def check_data(self) -> None:
+    def check_data(self, *, training: bool = True) -> None:
         """See Task."""
-        check_dataset(self.cfg.data, self.cfg.model.vocab_size)
+        check_dataset(self.cfg.data, self.cfg.model.vocab_size, training=training)
 
     def loader(self, ranks: Ranks, *, start: int) -> TokenLoader:
         """See Task."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import load_config
+from pretrain.manifest_check import check_run
 
 EXIT_REQUEUE = 75
 EXIT_MISUSED = 2
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             return _end(args)
         cfg = _checked(args.config, args.overrides, args.world_size)
         return _begin(cfg) if args.command == "begin" else 0
-    except (ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:  # ConfigError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISUSED
 
@@ -132,6 +133,8 @@ def _checked(config: str, overrides: list[str], world_size: int | None) -> RunCo
         raise ConfigError(
             f"data.path={cfg.data.path} has no folder train: name a folder that {script} wrote (DATA=...)"
         )
+    if "://" not in cfg.data.path:
+        check_run(cfg)
     return cfg
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -29,10 +30,17 @@ def read_best(root: Path) -> dict[str, dict[str, float]]:
 def note_losses(root: Path, step: int, losses: dict[str, float]) -> None:
     """Remember the validation losses at the checkpoint of `step`. One rank calls this, before that one is pruned.
 
-    A best of a later step belongs to a stretch that the run has since gone back over: it no longer counts.
+    A best of a later step belongs to a stretch that the run has since gone back over: it no longer counts. A loss that is
+    not finite is no best.
     """
-    best = {width: entry for width, entry in read_best(root).items() if entry["step"] <= step}
+    best = {
+        width: entry
+        for width, entry in read_best(root).items()
+        if entry["step"] <= step and math.isfinite(entry["loss"])
+    }
     for width, loss in losses.items():
+        if not math.isfinite(loss):
+            continue
         if width not in best or loss < best[width]["loss"]:
             best[width] = {"step": step, "loss": loss}
     root.mkdir(parents=True, exist_ok=True)

@@ -30,8 +30,9 @@ from pretrain.checkpoint_model import load_model
 from pretrain.distributed import Ranks, close_ranks, init_ranks
 from pretrain.dry_run import plain_console
 from pretrain.evaluate import changed_data
-from pretrain.images import ImageBatch
+from pretrain.images import ImageBatch, check_image_dataset
 from pretrain.tasks import task_of
+from pretrain.vision_config import VisionRunConfig
 from pretrain.vision_task import features
 
 
@@ -119,14 +120,20 @@ def main(argv: list[str] | None = None) -> int:
             {text: read_widths(text, full, n_layers) for text in asked or trained}
             for asked in (args.query, args.database)
         )
-        task = task_of(cfg)
-        task.check_data()
+        assert isinstance(cfg, VisionRunConfig)
+        check_image_dataset(cfg.data, None, training=False)  # of any classes: nothing is classified
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     ranks = init_ranks(1)
     model.to(ranks.device)
-    found = matrix(model, task.validation(ranks), queries, databases, ranks)
+    try:
+        found = matrix(model, task_of(cfg).validation(ranks), queries, databases, ranks)
+    except ValueError as error:  # on every rank alike: they hold all features and labels
+        if ranks.is_main:
+            print(f"error: {error} (--samples {args.samples})", file=sys.stderr)
+        close_ranks()
+        return 2
     if ranks.is_main:
         console = plain_console()
         for table in tables(found):

@@ -35,8 +35,10 @@ class Loader(Protocol):
 class Task(Protocol):
     """One kind of model and of data. A batch is whatever its loader makes, with `to(device)`."""
 
-    def check_data(self) -> None:
-        """Raise ValueError or OSError where the data is not what the run needs. Touches no shared memory."""
+    def check_data(self, *, training: bool = True) -> None:
+        """Raise ValueError or OSError where the data is not what the run needs, or its validation alone. Touches no shared
+        memory.
+        """
 
     def loader(self, ranks: Ranks, *, start: int) -> Loader:
         """Training batches after the first `start` samples. Every rank must call."""

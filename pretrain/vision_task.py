@@ -46,9 +46,9 @@ class VisionTask:
 
     cfg: VisionRunConfig
 
-    def check_data(self) -> None:
+    def check_data(self, *, training: bool = True) -> None:
         """See Task."""
-        check_image_dataset(self.cfg.data, self.cfg.model.n_classes)
+        check_image_dataset(self.cfg.data, self.cfg.model.n_classes, training=training)
 
     def loader(self, ranks: Ranks, *, start: int) -> ImageLoader:
         """See Task."""
@@ -128,8 +128,8 @@ def _sums(features_bd: Tensor, model: VisionModel, label_b: Tensor) -> Tensor:
     """Cross-entropy, hits and hits among the five likeliest, summed over the images, float64."""
     logits_bk = model.logits(features_bd)
     loss = torch.nn.functional.cross_entropy(logits_bk, label_b, reduction="sum")
-    # How many classes are at least as likely as the right one, itself left out: a tie counts as a miss.
-    ahead_b = (logits_bk >= logits_bk.gather(1, label_b[:, None])).sum(-1) - 1
+    # How many classes are not less likely than the right one, itself left out: a tie counts as a miss, and so does NaN.
+    ahead_b = (~(logits_bk < logits_bk.gather(1, label_b[:, None]))).sum(-1) - 1
     return torch.stack([loss, (ahead_b < 1).sum(), (ahead_b < 5).sum()]).double()
 
 

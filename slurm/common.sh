@@ -14,6 +14,8 @@
 #   LAUNCHER             srun (one task a GPU) or torchrun; default: srun
 #   MAX_RESTARTS         requeues of one job before it stops; default: 20
 #   HANG_SECONDS         least time without a step before the watchdog acts; default: 600
+#   LOST_SECONDS         silence after which a rank counts as lost; default: 60
+#   ALLREDUCE_GB_S       slowest all-reduce that a job starts with
 #   MATMAMBA_ROOT        the repository, where it is not the folder that sbatch was called from
 #
 # Called by bash, outside a job, a script checks its settings and its config on this machine and submits nothing.
@@ -36,6 +38,9 @@ settings() {
   local name
   for name in NODES TASKS_PER_NODE HANG_SECONDS; do
     [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a positive whole number"
+  done
+  for name in LOST_SECONDS ALLREDUCE_GB_S; do
+    [[ -z ${!name:-} || ${!name} =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "$name=${!name}: must be a number"
   done
   if [[ -n ${MODULES:-} ]]; then
     command -v module > /dev/null || type module > /dev/null 2>&1 || die "MODULES=$MODULES: this node has no module command"

@@ -18,4 +18,5 @@ ROOT=${MATMAMBA_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/common.sh
 source "$ROOT/slurm/common.sh"
 [[ -n ${MODEL:-} ]] || die "MODEL is not set: MODEL=runs/lm_1b4 sbatch slurm/export.sh --width 1/4 --format hf -o DIR"
+[[ -d $MODEL ]] || die "MODEL=$MODEL: no such folder"
 once modeling.export "$MODEL" "$@"

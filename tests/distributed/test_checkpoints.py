@@ -24,6 +24,7 @@ from pretrain.config import RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.metrics import read_metrics
 from pretrain.restarts import EXIT_REQUEUE
+from pretrain.retention import BEST, note_losses, read_best
 from tests.distributed.harness import RankFailedError, run_ranks, start_ranks
 from tests.distributed.toy_run import damage, losses, run_config
 
@@ -108,6 +109,15 @@ def test_the_newest_the_nth_and_the_best_are_kept(dataset: Path, tmp_path: Path)
     best = {min(validation, key=lambda step: validation[step][width]) for width in ("1", "1/2", "1/4")}
     assert best == {4, 5}, "the best are none of the newest, nor a third one"
     assert steps_on_disk(cfg) == sorted({3, 6, 9, 10} | best)
+
+
+def test_a_loss_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
+    for step, losses_by_width in enumerate(({"1": float("nan"), "1/2": 3.0}, {"1": 2.0, "1/2": float("inf")}), start=1):
+        note_losses(tmp_path, step, losses_by_width)
+    assert read_best(tmp_path) == {"1": {"step": 2, "loss": 2.0}, "1/2": {"step": 1, "loss": 3.0}}
+    (tmp_path / BEST).write_text('{"1": {"step": 1, "loss": NaN}}')  # as earlier versions may have left it
+    note_losses(tmp_path, 2, {"1": 5.0})
+    assert read_best(tmp_path) == {"1": {"step": 2, "loss": 5.0}}
 
 
 def test_touching_a_file_saves_and_ends_the_run_for_good(dataset: Path, tmp_path: Path) -> None:

@@ -304,6 +304,10 @@ def test_retrieval_across_widths_does_not_depend_on_ranks(
     assert "mean average precision" in said
     assert f"{one['1/4', '1'].recall_at_1:.2%}" in said
     assert [(row["query"], row["database"]) for row in json.loads(out.read_text())] == [("1/4", "1"), ("1/4", "1,1/4")]
+    other = write_image_dataset(tmp_path / "other", n_classes=3, n_train=3, n_val=6)
+    assert run_ranks(1, retrieve, [str(tmp_path), "--data", str(other)]) == [0], "classes that training never saw"
+    assert run_ranks(1, retrieve, [str(tmp_path), "--data", str(other), "--samples", "1"]) == [2]
+    assert "use more images (--samples 1)" in capfd.readouterr().err
 
 
 def partial_batch(cfg: VisionRunConfig) -> tuple[Tensor, Tensor]:
@@ -321,18 +325,20 @@ def test_a_last_batch_that_ranks_cannot_share_is_filled_up(images: Path, tmp_pat
         torch.testing.assert_close(padded, whole)
 
 
-def test_ties_are_no_hits(images: Path, tmp_path: Path) -> None:
+def test_ties_are_no_hits_and_neither_is_nan(images: Path, tmp_path: Path) -> None:
     cfg = run_config(images, tmp_path)
-    scores = run_ranks(1, scores_of_a_model_that_cannot_tell, cfg)[0]
+    scores = run_ranks(1, scores_of_a_head_of, cfg, 0.0)[0]
     assert scores["top1"] == 0
     assert scores["loss"] == pytest.approx(torch.log(torch.tensor(4.0)).item())
+    broken = run_ranks(1, scores_of_a_head_of, cfg, float("nan"))[0]
+    assert (broken["top1"], broken["top5"]) == (0, 1), "of four classes, all are among the five likeliest"
 
 
-def scores_of_a_model_that_cannot_tell(cfg: VisionRunConfig) -> dict[str, float]:
+def scores_of_a_head_of(cfg: VisionRunConfig, value: float) -> dict[str, float]:
     ranks, task = init_ranks(1), task_of(cfg)
     model = VisionModel(cfg.model)
     model.init_weights(0)
-    torch.nn.init.zeros_(model.head)
+    torch.nn.init.constant_(model.head, value)
     return task.scores(model, task.validation(ranks), [cfg.model.layer_widths(8)], ranks)[0]
 
 

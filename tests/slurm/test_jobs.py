@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_prep.image_schema import ImageManifest
 from data_prep.shard_schema import read_manifest
 from pretrain.metrics import read_metrics
 from pretrain.restarts import read_events
@@ -31,6 +32,7 @@ SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.nam
 PRETRAIN = [name for name in SCRIPTS if name.startswith("pretrain_")]
 
 pytestmark = [
+    pytest.mark.cluster,
     pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}"),
     pytest.mark.timeout(560),
 ]
@@ -248,8 +250,6 @@ def test_a_run_that_crashes_at_once_stops(cluster: Cluster, site: Path) -> None:
     run_dir = site / "crashing"
     shards = site / "broken shards"
     shutil.copytree(site / "shards", shards)
-    manifest = json.loads((shards / "manifest.json").read_text()) if (shards / "manifest.json").exists() else None
-    assert manifest is not None
     for index in (shards / "train").glob("index.json"):
         index.unlink()
     job = submit(cluster, site, run_dir, DATA=str(shards))
@@ -269,6 +269,7 @@ def test_a_run_that_crashes_at_once_stops(cluster: Cluster, site: Path) -> None:
         ({"TASKS_PER_NODE": "many"}, (), "TASKS_PER_NODE=many: must be a positive whole number"),
         ({"LAUNCHER": "mpirun"}, (), "LAUNCHER=mpirun: must be srun or torchrun"),
         ({"MATMAMBA_ROOT": "/tmp"}, (), "no slurm/common.sh in /tmp"),
+        ({}, ("data.seq_len=64", "data.tokens_per_step=512"), "does not divide the dataset's rows of 32 tokens"),
         ({}, ("data.tokens_per_step=288",), "not a multiple of data-parallel size 2 x data.micro_batch=2"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -295,6 +296,7 @@ def test_what_is_fine_is_said_without_submitting(site: Path, tmp_path: Path) -> 
     assert "settings are fine: sbatch" in done.stdout
     assert not (tmp_path / "run").exists()
     unset = variables(site, tmp_path / "run")
+    unset["DATA"] = str(write_token_dataset(tmp_path / "shards", row_tokens=1024, n_rows=1))
     del unset["CONFIG"]  # the script's own 1.4B: 32 ranks, as its #SBATCH lines ask for
     del unset["NODES"], unset["TASKS_PER_NODE"]
     assert called_by_bash(site, "pretrain_1b4.sh", **unset).returncode == 0
@@ -306,10 +308,28 @@ def test_what_is_fine_is_said_without_submitting(site: Path, tmp_path: Path) -> 
     assert (done.returncode, "MODEL is not set" in done.stderr) == (2, True)
 
 
+def imagenets_manifest(folder: Path) -> Path:
+    """A dataset's folder of which the manifest alone is there, with ImageNet's classes."""
+    (folder / "train").mkdir(parents=True)
+    per_class = {"train": 1281, "val": 50}
+    manifest = ImageManifest(
+        classes=[f"n{i:08}" for i in range(1000)],
+        n_images={split: 1000 * n for split, n in per_class.items()},
+        images_per_class={split: [n] * 1000 for split, n in per_class.items()},
+        policy={split: {} for split in per_class},
+        resize_short=0,
+        source_sha256="0" * 64,
+        extra={},
+    )
+    (folder / "manifest.json").write_text(manifest.text())
+    return folder
+
+
 @pytest.mark.parametrize("size", ["35m", "135m"])
 def test_the_vision_scripts_check_their_own_configs(size: str, site: Path, tmp_path: Path) -> None:
     script = f"pretrain_vision_{size}.sh"
     settings = variables(site, tmp_path / "run")
+    settings["DATA"] = str(imagenets_manifest(tmp_path / "imagenet"))
     for name in ("CONFIG", "NODES", "TASKS_PER_NODE"):  # the script's own config, on the 8 ranks that it asks for
         del settings[name]
     done = called_by_bash(site, script, "optim.ema_decay=0.9999", **settings)
@@ -319,6 +339,10 @@ def test_the_vision_scripts_check_their_own_configs(size: str, site: Path, tmp_p
     assert "not a multiple of data-parallel size 8 x data.micro_batch=384" in done.stderr
     done = called_by_bash(site, script, **{**settings, "DATA": "/no/such/images"})
     assert "a folder that prepare_imagenet.py wrote" in done.stderr
+    done = called_by_bash(site, script, "model.n_classes=10", **settings)
+    assert (done.returncode, "model.n_classes=10, but" in done.stderr) == (2, True)
+    done = called_by_bash(site, script, **{**settings, "DATA": str(site / "shards")})
+    assert (done.returncode, "is of tokens, not of images" in done.stderr) == (2, True)
     done = called_by_bash(site, "scaling_sweep.sh", **{**settings, "GRID": str(ROOT / "slurm" / "vision_grid.txt")})
     assert (done.returncode, "settings are fine" in done.stdout) == (0, True)
     assert "did you mean data.image_size" in called_by_bash(site, script, "data.image_siez=192", **settings).stderr

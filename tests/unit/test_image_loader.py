@@ -220,6 +220,8 @@ def test_check_refuses_what_cannot_train(dataset: Path, tmp_path: Path, caplog: 
         check_image_dataset(config(dataset), 1000)
     with pytest.raises(ConfigError, match="holds 60 images, a step needs 64"):
         check_image_dataset(config(dataset, images_per_step=64), N_CLASSES)
+    check_image_dataset(config(dataset, images_per_step=64), N_CLASSES, training=False)
+    check_image_dataset(config(dataset), None)
     with pytest.raises(FileNotFoundError, match=r"not an image dataset.*prepare_imagenet\.py again"):
         check_image_dataset(config(tmp_path), N_CLASSES)
     with pytest.raises(ValueError, match="is of images, not of tokens"):

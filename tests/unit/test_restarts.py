@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.restarts import Event, crashes_without_progress, decide, latest_step, read_events
+from pretrain.config_io import config_to_yaml
+from pretrain.restarts import Event, crashes_without_progress, decide, latest_step, main, read_events
+from tests.datasets import write_image_dataset, write_token_dataset
+from tests.distributed.toy_run import run_config
 
 
 def start(step: int) -> Event:
@@ -53,6 +56,36 @@ def test_decision(
     actual, why = decide(events, step, code=code, restarts=restarts, max_restarts=3, state=state)
     assert actual is requeue
     assert says in why
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.vocab_size=50"], "model.vocab_size=50, but"),
+        (
+            ["data.seq_len=128", "data.micro_batch=1"],
+            "data.seq_len=128 does not divide the dataset's rows of 64 tokens",
+        ),
+        (["data.tokenizer={other}"], "name that file, or prepare the data again"),
+        (["data.path={images}"], "is of images, not of tokens"),
+        (["data.path={empty}"], "manifest.json is missing"),
+    ],
+    ids=str,
+)
+def test_data_that_the_config_does_not_fit_is_misuse(
+    overrides: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: tmp_path / name for name in ("tokens", "images", "empty", "other")}
+    write_token_dataset(places["tokens"])
+    write_image_dataset(places["images"])
+    (places["empty"] / "train").mkdir(parents=True)
+    places["other"].write_text("another tokenizer")
+    cfg = run_config(places["tokens"], tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(config_to_yaml(cfg))
+    command = ["check", "--world-size", "2", str(tmp_path / "run.yaml")]
+    assert main(command) == 0
+    assert main([*command, *(text.format(**places) for text in overrides)]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_files_that_are_absent_or_cut_short(tmp_path: Path) -> None:
