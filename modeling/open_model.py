@@ -34,6 +34,12 @@ def open_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: must be cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: there is no GPU here: use cpu")
     if (path / CONFIG_NAME).exists():
         model, tokenizer = load_language_model(path), _beside(path)
     else:

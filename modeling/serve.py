@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         name = args.name or args.model.resolve().name
+        if not 0 < args.port < 65536:
+            raise ValueError(f"--port {args.port}: must be 1 to 65535")
         if ":" in name:
             raise ValueError(f"name {name!r}: a colon separates the name from the width, pass another --name")
         opened = open_model(args.model, dtype=args.dtype, device=args.device)

@@ -384,6 +384,7 @@ class RunConfig:
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel replicas of `world_size` ranks. Raises ConfigError where the layout does not fit."""
         tp = self.parallel.tensor
+        _require(world_size >= 1, f"{world_size} ranks: there must be at least one")
         _require(world_size % tp == 0, f"{world_size} ranks are not a multiple of parallel.tensor={tp}")
         return world_size // tp
 

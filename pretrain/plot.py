@@ -53,4 +53,7 @@ def plot_losses(metrics_path: str | Path, png: str | Path | IO[bytes], title: st
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m pretrain.plot RUN_DIR/metrics.jsonl losses.png")
-    plot_losses(sys.argv[1], sys.argv[2])
+    try:
+        plot_losses(sys.argv[1], sys.argv[2])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

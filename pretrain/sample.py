@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = open_tokenizer(spec)
         widths = parse_layer_widths(args.width, model.cfg.n_heads, model.cfg.n_layers)
         ids = [int(i) for i in tokenizer.encode_batch([args.prompt])[0]] or [tokenizer.eos_id]
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
         sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

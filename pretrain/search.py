@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.points < 1 or args.trials < 0 or args.batch < 1:
             raise ValueError(f"--points {args.points} --trials {args.trials} --batch {args.batch}: too small")
+        for path in (args.output, args.plot):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
         model, cfg = load_language_model(args.checkpoint)
         if len(cfg.model.widths) < 2:
             raise ValueError(f"model.widths={list(cfg.model.widths)}: there is nothing to mix with one trained width")

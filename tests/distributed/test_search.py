@@ -64,7 +64,12 @@ def test_latency_is_measured(run_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--points", "0"], "too small"), (["--data", "nowhere"], "nowhere"), (["--budget", "1"], "already costs")],
+    [
+        (["--points", "0"], "too small"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--budget", "1"], "already costs"),
+        (["-o", "no folder/p.json"], "there is no folder no folder"),
+    ],
 )
 def test_mistakes_are_named(
     run_dir: Path, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = main([*map(str, arguments), "--device", "cpu"])
+    code = main(["--device", "cpu", *map(str, arguments)])
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -129,6 +129,7 @@ def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[s
         (("--speculate", "1", "--width", "1/2"), "wider than target"),
         (("--tokenizer", "absent.json"), "absent.json: no such file"),
         (("--max-new-tokens", "0"), "must be at least 1"),
+        (("--device", "abacus"), "device 'abacus': must be cpu, cuda or cuda:N"),
         (("--width", "1", "--width", "1/2", "--prompt", "x"), "several turns need one prompt"),
     ],
 )
