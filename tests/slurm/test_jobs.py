@@ -367,8 +367,12 @@ def test_a_classifier_trains_by_its_script(cluster: Cluster, site: Path) -> None
     (site / "tiny vision.yaml").write_text(yaml.safe_dump(config))
     settings = {**variables(site, site / "vision"), "CONFIG": str(site / "tiny vision.yaml"), "DATA": str(images)}
     job = cluster.sbatch(
-        ROOT / "slurm" / "pretrain_vision_35m.sh", cwd=site, TMPDIR=str(cluster.scratch), **settings
-    )  # fmt: skip
+        ROOT / "slurm" / "pretrain_vision_35m.sh",
+        options=("--nodes=2",),
+        cwd=site,
+        TMPDIR=str(cluster.scratch),
+        **settings,
+    )
     cluster.wait_job(job)
     records = read_metrics(site / "vision" / "metrics.jsonl")
     assert {record["kind"] for record in records} == {"train", "eval", "event"}
