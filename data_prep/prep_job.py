@@ -27,12 +27,13 @@ def locked(output: Path, part: str) -> Iterator[None]:
     """
     folder = output / PROGRESS_FOLDER
     folder.mkdir(exist_ok=True)
-    _, _, world_size = part.rpartition("-of-")
-    for other in sorted(folder.glob("part-*-of-*.lock")):
-        if other.stem.rpartition("-of-")[2] != world_size:
-            theirs = int(other.stem.rpartition("-of-")[2])
+    ours, *others = (
+        int(name.rpartition("-of-")[2]) for name in (part, *(p.stem for p in folder.glob("part-*-of-*.lock")))
+    )
+    for theirs in others:
+        if theirs != ours:
             raise OutputError(
-                f"{output} was begun by {theirs} jobs, this is one of {int(world_size)}: to run one of them again, say "
+                f"{output} was begun by {theirs} jobs, this is one of {ours}: to run one of them again, say "
                 f"--rank N --world-size {theirs} (a Slurm array of a few tasks does not know the others); to share the "
                 "work anew, name another --output"
             )

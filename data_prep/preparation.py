@@ -87,8 +87,8 @@ class Preparation:
             "--max-tokens": (self.max_tokens, 0),
             "--shard-bytes": (self.shard_bytes, 1),
             "--workers": (self.n_workers, 1),
+            "--max-document-mb": (self.settings.max_document_bytes >> 20, 1),
         }
-        least["--max-document-mb"] = self.settings.max_document_bytes >> 20, 1
         for option, (value, bound) in least.items():
             if value < bound:
                 raise ValueError(f"{option} {value}: must be at least {bound}")

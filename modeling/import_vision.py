@@ -31,8 +31,12 @@ def read_vision(theirs: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple
     missing = [name for name in needed if name not in theirs]
     if missing:
         raise ValueError(f"no MatMamba2Vision: {missing[0]} is missing (there are {', '.join(list(theirs)[:3])}, ...)")
-    only: dict[str, tuple[Any, ...]] = {"d_intermediate": (0,), "attn_layer_idx": ([], None), "pool": ("cls", "avg")}
-    only["norm_epsilon"] = (1e-5,)  # of its block norms; that of its gated norms is fixed, and ours is one for both
+    only: dict[str, tuple[Any, ...]] = {
+        "d_intermediate": (0,),
+        "attn_layer_idx": ([], None),
+        "pool": ("cls", "avg"),
+        "norm_epsilon": (1e-5,),  # of its block norms; that of its gated norms is fixed, and ours is one for both
+    }
     for key, allowed in only.items():
         if key in about and about[key] not in allowed:
             raise ValueError(f"config.json: {key}={about[key]!r}, our models have {allowed[0]!r}: not importable")
