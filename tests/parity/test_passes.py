@@ -8,18 +8,17 @@ import weakref
 import pytest
 import torch
 
-from modeling.classification import classification_loss
 from modeling.config import LanguageConfig, VisionConfig
 from modeling.language import LanguageModel
-from modeling.loss import Loss, next_token_loss
+from modeling.loss import Loss
 from modeling.nesting import LayerWidths
-from modeling.noise import Noise
 from modeling.vision import VisionModel
 from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict
 from pretrain.gradients import GradientBuffer
 from pretrain.passes import GraphedPasses, Pass, PassInputs, why_launched
 from pretrain.vision_task import VisionInputs
+from tests.passes import classifier_pass, language_pass
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="waits for a CUDA GPU")
@@ -32,14 +31,7 @@ def model_and_pass(*, in_place: bool) -> tuple[LanguageModel, Pass]:
     model.to("cuda" if GPU else "cpu")
     if in_place:
         GradientBuffer(model.parameters())
-
-    def run(widths: LayerWidths, inputs: PassInputs) -> Loss:
-        hidden_btd = model(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
-        loss = next_token_loss(model, hidden_btd, inputs.targets_bt)
-        (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.cross_entropy)
-
-    return model, run
+    return model, language_pass(model)
 
 
 def inputs_of(seed: int, *, documents: bool) -> PassInputs:
@@ -99,14 +91,7 @@ def vision_model_and_pass() -> tuple[VisionModel, Pass]:
     model.init_weights(0)
     model.to("cuda")
     GradientBuffer(model.parameters())
-
-    def run(widths: LayerWidths, inputs: VisionInputs) -> Loss:
-        features_bd = model(inputs.images_bchw, widths, noise=Noise(3, inputs.number_b))
-        loss, _ = classification_loss(model, features_bd, inputs.target_bk)
-        (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.cross_entropy)
-
-    return model, run
+    return model, classifier_pass(model, seed=3)
 
 
 @pytest.mark.gpu

@@ -28,13 +28,12 @@ import torch.nn.functional as F
 from modeling.config import LanguageConfig
 from modeling.flops import training_flops_per_token
 from modeling.language import LanguageModel
-from modeling.loss import Loss, next_token_loss
-from modeling.nesting import LayerWidths
 from modeling.ops.fused_mixer import Recompute as MixerRecompute
 from modeling.ops.upstream import allow_import_without_cuda_extension
 from pretrain.gradients import GradientBuffer
 from pretrain.passes import GraphedPasses, Pass, PassInputs
 from pretrain.provenance import git_commit
+from tests.passes import language_pass
 
 VOCAB = 50257
 LEVELS = (1, 2, 4, 8)
@@ -63,13 +62,7 @@ def model_of(cfg: LanguageConfig) -> tuple[LanguageModel, Pass]:
     model = model.to_empty(device="cuda")
     model.init_weights(0)
     GradientBuffer(model.parameters())
-
-    def run(widths: LayerWidths, inputs: PassInputs) -> Loss:
-        loss = next_token_loss(model, model(inputs.tokens_bt, widths), inputs.targets_bt)
-        (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.cross_entropy)
-
-    return model, run
+    return model, language_pass(model)
 
 
 def ours(launched: Pass, name: str, tokens_bt: torch.Tensor) -> Callable[[int], None]:

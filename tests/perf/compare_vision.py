@@ -30,19 +30,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.classification import classification_loss
 from modeling.config import VisionConfig
 from modeling.convert import to_matmamba_vision
 from modeling.flops import forward_flops_per_image, training_flops_per_image
-from modeling.loss import Loss
-from modeling.nesting import LayerWidths
-from modeling.noise import Noise
 from modeling.ops.upstream import allow_import_without_cuda_extension
 from modeling.vision import VisionModel
 from pretrain.gradients import GradientBuffer
 from pretrain.passes import GraphedPasses
 from pretrain.provenance import git_commit
 from pretrain.vision_task import VisionInputs
+from tests.passes import classifier_pass
 from tests.perf import timm_stand_in
 from tests.perf.compare_reference import LEVELS, matmul_rate, measure, seconds, void
 
@@ -111,13 +108,7 @@ def ours(name: str, images: Tensor) -> Callable[[int], None]:
     model = build_ours(name, in_place_gradients=True)
     GradientBuffer(model.parameters())
 
-    def launched(widths: LayerWidths, inputs: VisionInputs) -> Loss:
-        features = model(inputs.images_bchw, widths, noise=Noise(0, inputs.number_b))
-        loss, _ = classification_loss(model, features, inputs.target_bk)
-        (loss.total * inputs.scale).backward()
-        return Loss(loss.total.detach(), loss.cross_entropy)
-
-    passes = GraphedPasses(launched)
+    passes = GraphedPasses(classifier_pass(model, seed=0))
     numbers, scale = torch.arange(len(images), device="cuda"), torch.ones((), device="cuda")
     inputs = VisionInputs(images, soft_targets(len(images)), numbers, scale)
     return lambda level: void(passes(model.cfg.layer_widths(model.cfg.n_heads // level), inputs))
