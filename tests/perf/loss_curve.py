@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain import preflight
 from pretrain.config_io import load_config
 from pretrain.metrics import read_metrics
 from pretrain.provenance import git_commit, versions
@@ -77,6 +78,7 @@ def start(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> sub
     overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
     overrides += ["cuda_graphs=never"] if plain else []
     worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
+    worker += ["--at-once"] if args.at_once else []
     print(f"{name}: {args.steps} steps", flush=True)
     return subprocess.Popen(worker)
 
@@ -127,6 +129,8 @@ def main() -> None:
     if args.worker is not None:
         if args.worker:
             be_plain()
+        if args.at_once:
+            preflight.LEAST_FREE = 0.0  # the other two runs are on this GPU as well
         from pretrain.train import main as train
 
         sys.exit(train(load_config(args.config, args.overrides)))

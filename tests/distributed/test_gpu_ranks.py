@@ -1,0 +1,114 @@
+"""On two GPUs, through torchrun and NCCL: every layout trains as one GPU does, and a killed rank's run goes on with fewer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import train
+from pretrain.config_io import config_to_yaml, load_config
+from tests.distributed.toy_run import losses, run_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for two CUDA GPUs"),
+]
+
+MODEL = {"d_model": 64, "headdim": 16, "d_state": 16, "chunk_size": 64}
+LAYOUTS = [
+    pytest.param(["parallel.tensor=2"], id="tp 2"),
+    pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp 2, sequence"),
+    pytest.param([], id="dp 2"),
+    pytest.param(["parallel.zero_stage=2"], id="dp 2, ZeRO 2"),
+]
+
+
+def start_run(gpus: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A run on the first `gpus` GPUs: under torchrun, or as one plain process."""
+    command = [sys.executable, "-m"]
+    if gpus > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+    visible = ",".join(str(gpu) for gpu in range(gpus))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": visible}
+    environment |= {"LOST_SECONDS": "5", "OMP_NUM_THREADS": "1"}
+    environment.pop("DS_ACCELERATOR", None)  # what pretrain.engine chose for this process
+    command += [module, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.fixture(scope="module")
+def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    cfg = run_config(dataset, folder / "unused", model=MODEL, precision="fp32", checkpoint={"every_steps": 5})
+    path = folder / "run.yaml"
+    path.write_text(config_to_yaml(cfg))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on one GPU."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = start_run(1, "pretrain", config, f"run_dir={folder}")
+    assert done.returncode == 0, said(done)
+    return folder
+
+
+def by_step(config: Path, folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    return {(kind, step): loss for kind, step, loss in losses(load_config(config, [f"run_dir={folder}"]))}
+
+
+def assert_trained_alike(found: dict[Any, dict[str, float]], expected: dict[Any, dict[str, float]]) -> None:
+    """Float32 on other shares of heads or sequences: rounding apart, over ten steps of a large learning rate."""
+    assert found.keys() == expected.keys()
+    for key, by_width in expected.items():
+        assert found[key] == pytest.approx(by_width, rel=1e-4), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_as_one_gpu(layout: list[str], config: Path, alone: Path, tmp_path: Path) -> None:
+    done = start_run(2, "pretrain", config, f"run_dir={tmp_path}", *layout)
+    assert done.returncode == 0, said(done)
+    assert_trained_alike(by_step(config, tmp_path), by_step(config, alone))
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]])
+def test_a_killed_ranks_run_goes_on_on_one_gpu(layout: list[str], config: Path, alone: Path, tmp_path: Path) -> None:
+    """Rank 1 dies in step 8, after the save at 5; one GPU takes it from there, on the same data."""
+    killed = start_run(2, "tests.distributed.test_gpu_ranks", config, f"run_dir={tmp_path}", *layout)
+    assert killed.returncode != 0, "a rank was killed"
+    assert "Signal 9 (SIGKILL)" in said(killed)
+    assert max(step for _, step in by_step(config, tmp_path)) < 8
+    done = start_run(1, "pretrain", config, f"run_dir={tmp_path}")
+    assert done.returncode == 0, said(done)
+    assert "step_00000005: step 5," in "".join(said(done).splitlines()), "resumed from the save, not from the start"
+    assert_trained_alike(by_step(config, tmp_path), by_step(config, alone))
+
+
+def die_in_step(step: int) -> None:
+    """Rank 1 of the run to come is killed while the gradients of this step (0-based) are being computed."""
+    accumulate = train.accumulate_gradients
+
+    def accumulate_or_die(run: train.Run, micro_batches: Any) -> float:
+        if run.state.step == step and run.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return accumulate(run, micro_batches)
+
+    train.accumulate_gradients = accumulate_or_die
+
+
+if __name__ == "__main__":
+    die_in_step(7)
+    sys.exit(train.main(load_config(sys.argv[1], sys.argv[2:])))
