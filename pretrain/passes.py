@@ -3,7 +3,8 @@
 A pass has thousands of kernels, and the narrow widths' are shorter than launching them takes: on one H200 the 1.4B's
 eighth width spends two fifths of its time waiting for the host. A pass is launched the first time (which compiles what it
 needs), captured the second, replayed from then on. All graphs share one memory pool: they run one after another, and none
-keeps anything but its losses.
+keeps anything but its losses. Tensor parallelism's collectives are captured with the rest: capturing sends nothing, so a rank
+that cannot capture and launches instead still meets the others in the same ones.
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ def why_launched(cfg: RunConfig, device: torch.device) -> str | None:
         return "cuda_graphs=never"
     if not cfg.parallel.keeps_gradients:
         return "ZeRO 2 takes gradients away in each backward"
-    if cfg.parallel.tensor > 1:
-        return "tensor parallelism has collectives in each pass"
     if cfg.nesting.distill_weight:
         return "distillation hands a teacher's states from pass to pass"
     if cfg.nesting.mix_rate:

@@ -284,6 +284,7 @@ def main(cfg: RunConfig) -> int:
             run.saver.close()
             loader.close()
             run.writer.close()
+    engine.graphs = None  # NCCL does not close while graphs hold its collectives
     close_ranks()
     return code
 

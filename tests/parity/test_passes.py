@@ -174,7 +174,7 @@ RAW = {
         ("", {}, None),
         ("", {"cuda_graphs": "never"}, "cuda_graphs=never"),
         ("parallel", {"zero_stage": 2}, "ZeRO 2"),
-        ("parallel", {"tensor": 2}, "collectives"),
+        ("parallel", {"tensor": 2}, None),
         ("nesting", {"distill_weight": 0.5}, "teacher"),
         ("nesting", {"mix_rate": 0.5}, "mixes"),
     ],
