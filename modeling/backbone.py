@@ -65,9 +65,8 @@ class Block(nn.Module):
         weight = self.tp.replicate(self.norm)
         bias = None if self.norm_bias is None else self.tp.replicate(self.norm_bias)
         x_md, normed_md = add_norm(x_md, branch_md, weight, bias, eps=self.eps, dtype=self.dtype, drop=drops.branch)
-        normed_btd = self.tp.enter(normed_md).unflatten(0, (batch, -1))
-        partial_btd = self.mixer(normed_btd, n_heads, seq_idx_bt=seq_idx_bt, state=state, drop=drops.projection)
-        return x_md, self.tp.leave(partial_btd.flatten(0, 1))
+        how = {"seq_idx_bt": seq_idx_bt, "state": state, "drop": drops.projection}
+        return x_md, self.mixer(normed_md, n_heads, batch, **how)
 
 
 class Backbone(nn.Module):

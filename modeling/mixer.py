@@ -1,7 +1,7 @@
 """The MatMamba2 mixer: project, convolve, scan, gate, project, with the first `n_heads` heads.
 
-Letters: b batch, t time, d model, i inner (heads x headdim, of the width in use), h heads, p headdim, g groups (1),
-n state, k conv taps. Sizes are this rank's part under tensor parallelism; the logical axes stay the same.
+Letters: b batch, t time, m tokens between mixers, d model, i inner (heads x headdim, of the width in use), h heads, p
+headdim, g groups (1), n state, k conv taps. Sizes are this rank's part under tensor parallelism; the logical axes stay the same.
 """
 
 from __future__ import annotations
@@ -86,26 +86,29 @@ class Mixer(nn.Module):
 
     def forward(
         self,
-        x_btd: Tensor,
+        x_md: Tensor,
         n_heads: int,
+        batch: int,
         *,
         seq_idx_bt: Tensor | None = None,
         state: MixerState | None = None,
         drop: Drop | None = None,
     ) -> Tensor:
-        """Mix `x_btd` (compute dtype) with the model's first `n_heads` heads; same shape and dtype.
+        """Mix `x_md` (compute dtype) with the model's first `n_heads` heads; same shape and dtype.
 
-        Under tensor parallelism this is the share of this rank's heads: the caller sums it over `tp`, and sums the
-        gradient of `x_btd` (TensorParallel.leave and enter).
+        m is `batch` sequences, flattened; under sequence parallelism this rank's share of them.
         `seq_idx_bt` numbers documents that must not see each other. `state`, where given, is read as the past and
         overwritten with the present, so that a sequence can be fed in pieces of any length. `drop` says which
         entries of the input projection (z, x, B, C and dt) are dropped. All ranks of `tp` must call.
         """
-        if state is None and kernels.usable(x_btd, self.cfg.headdim, self.cfg.d_state, self.cfg.d_conv):
-            return self._fused(x_btd, n_heads, seq_idx_bt, drop)
-        return self._plain(x_btd, n_heads, seq_idx_bt, state, drop)
+        if state is None and kernels.usable(x_md, self.cfg.headdim, self.cfg.d_state, self.cfg.d_conv):
+            return self._fused(x_md, n_heads, batch, seq_idx_bt, drop)
+        x_btd = self.tp.enter(x_md).unflatten(0, (batch, -1))
+        return self.tp.leave(self._plain(x_btd, n_heads, seq_idx_bt, state, drop).flatten(0, 1))
 
-    def _fused(self, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None) -> Tensor:
+    def _fused(
+        self, x_md: Tensor, n_heads: int, batch: int, seq_idx_bt: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
         cfg, tp = self.cfg, self.tp
         shared = ("in_bc", "conv_bc", "conv_bc_bias")
         parameters = [getattr(self, f) for f in MixerWeights._fields]
@@ -117,11 +120,13 @@ class Mixer(nn.Module):
         heads = nesting.local_heads(n_heads, tp.size)
         shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps, recompute=self.recompute)
         total = tp.total if tp.size > 1 else None
-        dropping = None if drop is None else (drop, self._channels(n_heads, x_btd.device))
+        dropping = None if drop is None else (drop, self._channels(n_heads, x_md.device))
         return fused_mixer(
-            x_btd,
+            x_md,
             MixerWeights(*weights),
             shape,
+            tp,
+            batch=batch,
             seq_idx_bt=seq_idx_bt,
             total=total,
             sums=sums,

@@ -14,6 +14,10 @@ With sequence parallelism each rank holds its share of a micro-batch's tokens be
 and what they keep for backward are done once and not tp times: the all-reduce after a mixer becomes a reduce-scatter, and
 an all-gather before the next one. Tokens are flattened (batch, then time), so any micro-batch whose tokens tp divides fits.
 
+What a mixer sends runs beside its matrix products on a GPU (`gather_times`, `times_leave`, `start_sum`): its inputs come in
+while this rank's own tokens are multiplied, its outputs go out in halves, and its input's gradient is summed while those of
+the weights are computed. The last is Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication.
+
 `tp = 1` runs the same code; a collective over one rank is the identity, inside the collective.
 """
 
@@ -22,7 +26,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +41,10 @@ with warnings.catch_warnings():
         copy_to_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
     )
+
+
+LEAST_SPLIT = 4096
+"""Tokens from which on a mixer's outputs are sent in halves: a smaller product takes little longer than starting to send."""
 
 
 class Layout(Enum):
@@ -88,6 +96,23 @@ def layout_of(name: str) -> Layout:
     return LAYOUTS[name.rpartition(".")[2]]
 
 
+class Pending(NamedTuple):
+    """A collective under way."""
+
+    result: Tensor
+    """Where its result will be."""
+    work: Any
+    """What to wait for; None where nothing is sent."""
+    given: Tensor | None = None
+    """What must live until then."""
+
+    def wait(self) -> Tensor:
+        """The result. What follows on this stream sees it."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """This rank's place among the ranks that hold one replica. Methods that communicate must be called by all of them."""
@@ -112,6 +137,59 @@ class TensorParallel:
         if self.size == 1:
             return x
         return _Scatter.apply(x, self) if self.sequence else self.sum(x)
+
+    def gather_times(self, x_md: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of `enter`'s result, and its product with `weight_ed` transposed (m e). Outside autograd.
+
+        This rank's own tokens are multiplied while the others' are on their way.
+        """
+        if not self.sequence:
+            return x_md, x_md @ weight_ed.T
+        n = x_md.shape[0]
+        whole_md = x_md.new_empty(n * self.size, x_md.shape[1])
+        product_me = x_md.new_empty(n * self.size, weight_ed.shape[0])
+        work = dist.all_gather_into_tensor(whole_md, x_md.contiguous(), group=self.group, async_op=True)
+        before, after = n * self.rank, n * (self.rank + 1)
+        torch.mm(x_md, weight_ed.T, out=product_me[before:after])
+        Pending(whole_md, work).wait()
+        for rows in (slice(0, before), slice(after, n * self.size)):
+            if rows.stop > rows.start:
+                torch.mm(whole_md[rows], weight_ed.T, out=product_me[rows])
+        return whole_md, product_me
+
+    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
+        """`leave` of the product of `x_mi` with `weight_di` transposed. Outside autograd.
+
+        The first half of the tokens is sent while the second is multiplied.
+        """
+        if self.size == 1:
+            return x_mi @ weight_di.T
+        n, d = _tokens_each(x_mi, self) if self.sequence else x_mi.shape[0], weight_di.shape[0]
+        total_md, sent = x_mi.new_empty(n, d), []
+        for rows in _halves(n):
+            if self.sequence:
+                part = x_mi.new_empty(self.size, rows.stop - rows.start, d)
+                for rank in range(self.size):
+                    torch.mm(x_mi[rank * n : (rank + 1) * n][rows], weight_di.T, out=part[rank])
+                work = dist.reduce_scatter_tensor(total_md[rows], part.flatten(0, 1), group=self.group, async_op=True)
+            else:
+                part = torch.mm(x_mi[rows], weight_di.T, out=total_md[rows])
+                work = dist.all_reduce(part, group=self.group, async_op=True)
+            sent.append(Pending(total_md, work, part))
+        for half in sent:
+            half.wait()
+        return total_md
+
+    def start_sum(self, grad_md: Tensor) -> Pending:
+        """Start what `enter` does to its result's gradient, contiguous `grad_md`, which is not to be touched any more."""
+        if self.size == 1:
+            return Pending(grad_md, None)
+        if self.sequence:
+            part_md = grad_md.new_empty(_tokens_each(grad_md, self), grad_md.shape[1])
+            return Pending(
+                part_md, dist.reduce_scatter_tensor(part_md, grad_md, group=self.group, async_op=True), grad_md
+            )
+        return Pending(grad_md, dist.all_reduce(grad_md, group=self.group, async_op=True))
 
     def share(self, weight: Tensor) -> Tensor:
         """A replicated weight that each rank uses for its own heads: its partial gradients are summed over tp here, once."""
@@ -214,6 +292,13 @@ def _tokens_each(x: Tensor, tp: TensorParallel) -> int:
             "another micro-batch or length, or parallel.sequence=false"
         )
     return x.shape[0] // tp.size
+
+
+def _halves(n_tokens: int) -> list[slice]:
+    """Rows of the two halves that are sent apart; all in one where a half would not be worth a collective of its own."""
+    if n_tokens < LEAST_SPLIT:
+        return [slice(0, n_tokens)]
+    return [slice(0, n_tokens // 2), slice(n_tokens // 2, n_tokens)]
 
 
 def _scatter(x: Tensor, tp: TensorParallel) -> Tensor:

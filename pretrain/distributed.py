@@ -101,8 +101,12 @@ def init_ranks(tensor_parallel: int, *, sequence: bool = False) -> Ranks:
         raise ConfigError(f"{world_size} ranks are not a multiple of parallel.tensor={tensor_parallel}")
     device = _device(local_rank)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
-    # Tensor-parallel ranks are neighbours, so that they share a node and its fast links.
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(
+        # Tensor-parallel ranks are neighbours, so that they share a node and its fast links.
+        tensor_model_parallel_size=tensor_parallel,
+        # What tp sends beside a matrix product gets the next free multiprocessors, not those that the product leaves over.
+        high_priority_stream_groups=["tp"] if device.type == "cuda" else None,
+    )
     return Ranks(
         rank=rank,
         world_size=world_size,

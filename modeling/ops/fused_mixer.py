@@ -11,10 +11,9 @@ Letters: b batch, t time, d model, i inner (the width's channels), h heads, c ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.ops.dropout import Drop
@@ -69,37 +68,52 @@ Total = Callable[[Tensor], Tensor]
 Sums = tuple[Tensor | None, ...]
 """A float32 sum for each of MixerWeights that backward adds the weight's gradient to; None: autograd gets it instead."""
 NO_SUMS: Sums = (None,) * len(MixerWeights._fields)
+
+
+class Exchange(Protocol):
+    """What is sent between the ranks that share the heads, beside which matrix product: modeling.tensor_parallel.TensorParallel."""
+
+    def gather_times(self, x_md: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor: ...
+
+    def start_sum(self, grad_md: Tensor) -> Any: ...
+
+
 Dropping = tuple[Drop, Tensor]
 """What is dropped of the input projection, and the number in the whole model of each of its channels (int32)."""
 
 
 def fused_mixer(
-    x_btd: Tensor,
+    x_md: Tensor,
     weights: MixerWeights,
     shape: Shape,
+    exchange: Exchange,
     *,
+    batch: int,
     seq_idx_bt: Tensor | None = None,
     total: Total | None = None,
     sums: Sums = NO_SUMS,
     dropping: Dropping | None = None,
 ) -> Tensor:
-    """This rank's share of the mixer's output (x's shape and dtype), from a zero state; autograd goes through it.
+    """The mixer's output (x's shape and dtype) on `batch` sequences, from a zero state; autograd goes through it.
 
     Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
     every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
     """
-    out: Tensor = _FusedMixer.apply(x_btd, *weights, shape, seq_idx_bt, total, sums, dropping)
+    out: Tensor = _FusedMixer.apply(x_md, *weights, shape, exchange, batch, seq_idx_bt, total, sums, dropping)
     return out
 
 
 class _FusedMixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        weights, (shape, seq_idx, total, sums, dropping) = MixerWeights(*args[:13]), args[13:]
+    def forward(ctx: Any, x_md: Tensor, *args: Any) -> Tensor:
+        weights, (shape, exchange, batch, seq_idx, total, sums, dropping) = MixerWeights(*args[:13]), args[13:]
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
-        projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x.dtype)
-        projected = F.linear(x, projection)
+        projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x_md.dtype)
+        x_md, projected_me = exchange.gather_times(x_md, projection)
+        projected = projected_me.unflatten(0, (batch, -1))
         _drop(projected, dropping)
         z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
@@ -108,19 +122,20 @@ class _FusedMixer(torch.autograd.Function):
         normed, squares = gated_norm_forward(
             y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
         )
-        out_weight = weights.out[:, :inner].to(x.dtype)
+        out_weight = weights.out[:, :inner].to(x_md.dtype)
         kept = {"none": (mixed, y, normed, states), "states": (mixed, y, normed, None), "inside": (None,) * 4}
         ctx.save_for_backward(
-            x, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *kept[shape.recompute]
+            x_md, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *kept[shape.recompute]
         )
-        ctx.shape, ctx.total, ctx.sums, ctx.dropping = shape, total, sums, dropping
-        return F.linear(normed, out_weight)
+        ctx.shape, ctx.exchange, ctx.total, ctx.sums, ctx.dropping = shape, exchange, total, sums, dropping
+        out: Tensor = exchange.times_leave(normed.flatten(0, 1), out_weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Read once: under torch.utils.checkpoint a second reading finds the tensors already given away.
         saved = ctx.saved_tensors
-        x, weights = saved[0], MixerWeights(*saved[1:14])
+        x_md, weights = saved[0], MixerWeights(*saved[1:14])
         projection, projected, *steps = saved[14:19]
         squares, out_weight, seq_idx, mixed, y, normed, states = saved[19:]
         steps = TimeSteps(*steps)
@@ -139,9 +154,9 @@ class _FusedMixer(torch.autograd.Function):
         sums = MixerWeights(
             *(torch.zeros_like(w) if held is None else held for w, held in zip(weights, ctx.sums, strict=True))
         )
-        grad_md = grad.flatten(0, 1)
+        grad_md, grad_normed_mi = ctx.exchange.gather_times(grad, out_weight.T)
         add_product(sums.out[:, :inner], grad_md.T, normed.flatten(0, 1))
-        grad_normed = (grad_md @ out_weight).view_as(normed)
+        grad_normed = grad_normed_mi.view_as(normed)
 
         grad_projected = torch.empty_like(projected)
         grad_z, grad_xbc, grad_dt = grad_projected.split(parts, dim=-1)
@@ -164,8 +179,7 @@ class _FusedMixer(torch.autograd.Function):
         grad_conv, grad_conv_bias = conv_backward(grad_mixed, xbc, _taps(weights), seq_idx, grad_xbc)
         _drop(grad_projected, ctx.dropping)
         grad_projected_me = grad_projected.flatten(0, 1)
-        grad_x = (grad_projected_me @ projection).view_as(x)
-        x_md = x.flatten(0, 1)
+        grad_x = ctx.exchange.start_sum(grad_projected_me @ projection)
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
         add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
         add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)
@@ -184,7 +198,7 @@ class _FusedMixer(torch.autograd.Function):
         ):
             total_of[: len(gradient)] += gradient
         returned = (mine if held is None else None for mine, held in zip(sums, ctx.sums, strict=True))
-        return (grad_x, *returned, *(None,) * 5)
+        return (grad_x.wait(), *returned, *(None,) * 7)
 
 
 def _scan(

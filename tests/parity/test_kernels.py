@@ -7,6 +7,7 @@ interpreter cannot multiply bfloat16); on a GPU in float32 and bfloat16 at real 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from modeling.ops.kernels import tiles
 from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
 from modeling.ops.kernels.dropout import drop_rows
 from modeling.ops.norm import add_norm_fused, layer_norm, rms_norm
-from modeling.tensor_parallel import TensorParallel
+from modeling.tensor_parallel import Pending, TensorParallel
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -90,6 +91,17 @@ class TwinRank(TensorParallel):
     def share(self, weight: Tensor) -> Tensor:
         return weight
 
+    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
+        return x_mi @ weight_di.T
+
+    def start_sum(self, grad_md: Tensor) -> Pending:
+        return Pending(grad_md, None)
+
+
+def fused(mixer: Mixer, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None) -> Tensor:
+    batch = x_btd.shape[0]
+    return mixer._fused(x_btd.flatten(0, 1), n_heads, batch, seq_idx_bt, drop).unflatten(0, (batch, -1))
+
 
 def documents(batch: int, t: int) -> Tensor:
     """Documents that end inside chunks, on a chunk's border, and after one step."""
@@ -133,7 +145,7 @@ def results(
     poison()
     args = (x_btd, n_heads, seq_idx_bt, drop)
     plain = lambda x, n, seq_idx, drop: mixer._plain(x, n, seq_idx, None, drop)  # noqa: E731
-    call = {"fused": mixer._fused, "plain": plain}[run.removeprefix("block ")]
+    call = {"fused": partial(fused, mixer), "plain": plain}[run.removeprefix("block ")]
     # "block": the whole mixer recomputed by torch, as with activation_checkpointing=block.
     out_btd = checkpoint(call, *args, use_reentrant=False) if run.startswith("block ") else call(*args)
     weight = torch.randn(out_btd.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -164,11 +176,11 @@ def test_fused_mixer_equals_the_plain_one(case: Case, dtype: torch.dtype, monkey
     seq_idx_bt = documents(2, case.t).to(DEVICE) if case.documents else None
     n_heads = case.width * case.ranks
     expected = results(mixer_of(case, torch.float32), "plain", x_btd.to(dtype).float(), n_heads, seq_idx_bt)
-    fused = mixer_of(case, dtype)
-    actual = results(fused, "fused", x_btd, n_heads, seq_idx_bt)
+    mixer = mixer_of(case, dtype)
+    actual = results(mixer, "fused", x_btd, n_heads, seq_idx_bt)
     assert_close(actual, expected, dtype)
     if GPU:
-        again = results(fused, "fused", x_btd, n_heads, seq_idx_bt)
+        again = results(mixer, "fused", x_btd, n_heads, seq_idx_bt)
         assert all(torch.equal(actual[name], again[name]) for name in actual), "two runs differ"
 
 
@@ -223,7 +235,8 @@ def test_gradients_in_place_are_added_to_what_is_there(case: Case, recompute: st
     held = {name: p.grad for name, p in mixer.named_parameters()}
     x_btd = x_btd.to(mixer.dtype).requires_grad_()
     args = (x_btd, n_heads, None)
-    out_btd = checkpoint(mixer._fused, *args, use_reentrant=False) if recompute == "block" else mixer._fused(*args)
+    call = partial(fused, mixer)
+    out_btd = checkpoint(call, *args, use_reentrant=False) if recompute == "block" else call(*args)
     weight = torch.randn(out_btd.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     (out_btd.float() * weight).sum().backward()
     assert torch.equal(out_btd, expected["output"])
