@@ -21,7 +21,8 @@ from modeling.cuda_graph import KeptSteps
 from modeling.language import LanguageModel
 from modeling.mixer import Mixer
 from modeling.nesting import LayerWidths
-from modeling.ops.kernels.step import finish_step, mix_step, shift_groups
+from modeling.ops.kernels.step import begins_early, finish_step, mix_step, shift_groups
+from modeling.ops.kernels.step_products import FEW_TOKENS, add_branch, project
 from modeling.ops.norm import add_norm
 from modeling.ops.step import is_few, mixer_step
 
@@ -37,8 +38,8 @@ class _Layer:
     D_h: Tensor
     dt_bias_h: Tensor
     gated_norm_i: Tensor
-    out_id: Tensor
-    """The output projection, transposed: a width is its first rows."""
+    out_di: Tensor
+    """The output projection: a width is its first columns."""
 
 
 @dataclass
@@ -128,7 +129,7 @@ class InferenceModel:
             D_h=exact(mixer.D),
             dt_bias_h=exact(mixer.dt_bias),
             gated_norm_i=exact(mixer.gated_norm),
-            out_id=mixer.out.T.contiguous().to(self.device, self.dtype),
+            out_di=mixer.out.detach().to(self.device, self.dtype, copy=True),
         )
 
     @property
@@ -206,8 +207,10 @@ class InferenceModel:
     def _run(self, tokens_bt: Tensor, state: State, absorb_b: Tensor, *, keep: bool) -> Tensor:
         waiting: list[Tensor] | None = [] if keep else None
         x_btd = F.embedding(tokens_bt, self.embedding_vd).float()
-        few = is_few(tokens_bt.shape[1], self.cfg.d_conv, self.device)
-        hidden_btd = (self._run_few if few else self._run_many)(x_btd, state, absorb_b, waiting)
+        run = self._run_many
+        if is_few(tokens_bt.shape[1], self.cfg.d_conv, self.device):
+            run = self._run_few if tokens_bt.numel() > FEW_TOKENS else self._run_fewest
+        hidden_btd = run(x_btd, state, absorb_b, waiting)
         state.waiting = waiting
         return hidden_btd
 
@@ -221,7 +224,7 @@ class InferenceModel:
             if waiting is not None:
                 waiting.append(projected_btr)
             mixed_bti = self._mix(i, projected_btr, state, absorb_b)
-            branch_btd = mixed_bti @ layer.out_id[: mixed_bti.shape[-1]]
+            branch_btd = F.linear(mixed_bti, layer.out_di[:, : mixed_bti.shape[-1]])
         return add_norm(x_btd, branch_btd, self.final_norm_d, **how)[1]
 
     def _run_few(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor] | None) -> Tensor:
@@ -236,15 +239,32 @@ class InferenceModel:
             arguments = self._mix_arguments(i, projected_btr, state, absorb_b)
             gated_bti, squares_btq = mix_step(*arguments, held=self.held[i])
             inner = gated_bti.shape[-1]
-            branch_btd = gated_bti @ layer.out_id[:inner]
+            branch_btd = F.linear(gated_bti, layer.out_di[:, :inner])
             x_btd, normed_btd = finish_step(
                 x_btd, branch_btd, squares_btq, next_norm_d, state.conv[i], projected_btr, absorb_b, inner=inner, **how
             )
         return normed_btd
 
-    def _project(self, i: int, normed_btd: Tensor, state: State) -> Tensor:
+    def _run_fewest(self, x_btd: Tensor, state: State, absorb_b: Tensor, waiting: list[Tensor] | None) -> Tensor:
+        """The same for FEW_TOKENS tokens at most: three kernels a layer with its products. Overwrites `x_btd`."""
+        early, eps = begins_early(self.device), self.cfg.norm_eps
+        for i, layer in enumerate(self.layers):
+            projected_btr = project(x_btd, layer.block_norm_d, self._into(i, state), eps=eps)
+            if waiting is not None:
+                waiting.append(projected_btr)
+            arguments = self._mix_arguments(i, projected_btr, state, absorb_b)
+            gated_bti, squares_btq = mix_step(*arguments, held=self.held[i], early=early)
+            out_di = layer.out_di[:, : gated_bti.shape[-1]]
+            add_branch(x_btd, gated_bti, squares_btq, out_di, state.conv[i], projected_btr, absorb_b, eps=eps)
+        return add_norm(x_btd, None, self.final_norm_d, eps=eps, dtype=self.dtype)[1]
+
+    def _into(self, i: int, state: State) -> Tensor:
+        """The rows of layer i's input projection that the submodel of `state` uses."""
         rows = 2 * self.cfg.d_state + self.held[i] + 2 * state.widths[i] * self.cfg.headdim
-        return F.linear(normed_btd, self.layers[i].into_rd[:rows])
+        return self.layers[i].into_rd[:rows]
+
+    def _project(self, i: int, normed_btd: Tensor, state: State) -> Tensor:
+        return F.linear(normed_btd, self._into(i, state))
 
     def _mix(self, i: int, projected_btr: Tensor, state: State, absorb_b: Tensor) -> Tensor:
         arguments = self._mix_arguments(i, projected_btr, state, absorb_b)

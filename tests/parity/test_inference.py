@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modeling import nesting
@@ -15,8 +16,9 @@ from modeling.convert import cut_mix
 from modeling.decode import Conversation, generate, prefill
 from modeling.inference import InferenceModel, State, carry
 from modeling.language import LanguageModel
+from modeling.ops.kernels import step_products
 from modeling.ops.kernels.step import finish_step, mix_step, shift_groups
-from modeling.ops.norm import add_norm
+from modeling.ops.norm import add_norm, rms_norm
 from modeling.ops.step import mixer_step
 from modeling.sampling import Sampling
 
@@ -243,3 +245,77 @@ def test_the_fused_step_equals_the_plain_one(heads: int, held: int, p: int, n: i
     assert torch.equal(conv.cpu(), plain_states[0])
     assert relative(ssm.cpu(), plain_states[1]) < tolerance
     assert torch.equal(ssm[0].cpu(), plain_ssm[0].cpu())
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was not written is NaN, not by chance what it should be."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def filled(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: filled(empty(*shape, **how)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *shape, **how: filled(new_empty(*shape, **how)))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (2, 1), (1, 2)])
+def test_the_path_of_few_tokens_equals_the_plain_one(
+    model: InferenceModel, monkeypatch: pytest.MonkeyPatch, widths: nesting.LayerWidths, batch: int, steps: int
+) -> None:
+    """Triton's interpreter runs here what `forward`, `peek` and `take` run on a GPU."""
+    monkeypatch.setattr(step_products, "PROGRAMS", 4)  # it takes a program at a time
+    state = model.empty_state(batch, widths)
+    prefill(model, prompts([7, 2][:batch]), state)
+    fused, tokens_bt = state.clone(), torch.tensor(prompts([steps] * batch, seed=2))
+    expected = [model.logits(model.forward(tokens_bt, state)) for _ in range(2)]
+    monkeypatch.setattr("modeling.inference.is_few", lambda *_: True)
+    monkeypatch.setattr(model, "_run_few", None)  # it must not be the path of more tokens
+    found = [model.logits(model.forward(tokens_bt, fused))]
+    before = fused.clone()
+    found.append(model.logits(model.peek(tokens_bt, fused)))
+    for mine, theirs in zip((*fused.conv, *fused.ssm), (*before.conv, *before.ssm), strict=True):
+        assert torch.equal(mine, theirs)
+    model.take(fused, torch.full((batch,), steps, dtype=torch.int32))
+    for mine, theirs in zip((*found, *fused.conv, *fused.ssm), (*expected, *state.conv, *state.ssm), strict=True):
+        assert relative(mine, theirs) < TOLERANCE
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("programs", [1, 3, 20])
+@pytest.mark.parametrize(("d", "inner", "rows"), [(40, 24, 29), (48, 72, 64), (16, 7, 3)])
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (2, 1), (1, 2)])
+def test_products_of_few_tokens_equal_torchs(
+    monkeypatch: pytest.MonkeyPatch, b: int, t: int, d: int, inner: int, rows: int, programs: int, dtype: torch.dtype
+) -> None:
+    """Many rows in a program, or one; what lies beside the parts in use is NaN and must not matter."""
+    monkeypatch.setattr(step_products, "PROGRAMS", programs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    # Norm and branch are rounded to bfloat16 by torch's products alone.
+    tolerance, how = (TOLERANCE if dtype == torch.float32 else 5e-3), {"eps": 1e-5, "dtype": torch.float32}
+    x_btd, norm_d, into_rd = normal(b, t, d), normal(d), normal(rows + 5, d, dtype=dtype)
+    into_rd[rows:] = float("nan")
+    projected = step_products.project(x_btd, norm_d, into_rd[:rows], eps=1e-5)
+    assert projected.dtype == dtype
+    assert relative(projected.float(), F.linear(rms_norm(x_btd, norm_d, **how), into_rd[:rows].float())) < tolerance
+    n, gated, squares = 6, normal(b, t, inner, dtype=dtype), normal(b, t, 5).square()
+    out_di, projected = normal(d, inner + 9, dtype=dtype), normal(b, t, 2 * n + 20, dtype=dtype)
+    out_di[:, inner:] = float("nan")
+    out_di, conv = out_di[:, :inner], normal(b, 3, 2 * n + inner, dtype=dtype)
+    absorb_b = torch.ones(b, dtype=torch.int32, device=device)
+    shifted = conv.clone()
+    shift_groups(shifted, projected, absorb_b, inner=inner)
+    branch = F.linear(gated.float(), out_di.float()) / torch.sqrt(squares.sum(-1, keepdim=True) / inner + 1e-5)
+    expected = x_btd + branch
+    step_products.add_branch(x_btd, gated, squares, out_di, conv, projected, absorb_b, eps=1e-5)
+    assert relative(x_btd, expected) < TOLERANCE
+    assert torch.equal(conv, shifted)
+    assert torch.equal(conv[:, -1, : 2 * n], projected[:, 0, : 2 * n])

@@ -1,4 +1,5 @@
-"""A few steps of every sequence of a batch from its state, as decoding needs them: two kernels a layer beside its products.
+"""A few steps of every sequence of a batch from its state, as decoding needs them: two kernels a layer beside its products,
+and one for so few tokens that step_products.py's products take the other's work on.
 
 `mix_step` convolves, moves the recurrence on and gates; the gated norm's scale, one number a token, comes out of the output
 projection's product as it would go in, so `finish_step` applies it where it adds the branch to the residual stream and takes
@@ -13,6 +14,8 @@ alone where that is 0.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -24,13 +27,42 @@ SMALL_ROWS, LARGE_ROWS = 16, 32
 fewer convolve B and C less often."""
 
 
+@functools.cache
+def begins_early(device: torch.device) -> bool:
+    """Whether kernels of a chain may begin before the one before has ended (CUDA's programmatic dependent launch: Hopper
+    and later). Each needs both `launch_pdl` and `begin`."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
-def _convolved(x0, x1, x2, x3, weight_ptr, bias_ptr, channel, live, dtype: tl.constexpr):
-    """silu(convolution) of one step, rounded to the compute dtype as the chunked path rounds it, float32."""
+def begin(EARLY: tl.constexpr):
+    """Let the next kernel of the chain begin, and wait until all before have ended and what they wrote can be read.
+
+    Before it a program may read only what no kernel of this step writes before it, and write nothing. Every program of
+    every kernel of the chain waits here, so that the end of one means the end of all before.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _taps(weight_ptr, bias_ptr, channel, live):
+    """The convolution's weights of these channels, for the oldest input first, and biases."""
     tap = weight_ptr + channel * 4
-    total = tl.load(bias_ptr + channel, mask=live, other=0.0) + x0 * tl.load(tap, mask=live, other=0.0)
-    total += x1 * tl.load(tap + 1, mask=live, other=0.0) + x2 * tl.load(tap + 2, mask=live, other=0.0)
-    total += x3 * tl.load(tap + 3, mask=live, other=0.0)
+    w0 = tl.load(tap, mask=live, other=0.0)
+    w1 = tl.load(tap + 1, mask=live, other=0.0)
+    w2 = tl.load(tap + 2, mask=live, other=0.0)
+    w3 = tl.load(tap + 3, mask=live, other=0.0)
+    return w0, w1, w2, w3, tl.load(bias_ptr + channel, mask=live, other=0.0)
+
+
+@triton.jit
+def _convolved(x0, x1, x2, x3, taps, dtype: tl.constexpr):
+    """silu(convolution) of one step, rounded to the compute dtype as the chunked path rounds it, float32."""
+    total = taps[4] + x0 * taps[0]
+    total += x1 * taps[1] + x2 * taps[2]
+    total += x3 * taps[3]
     return (total * tl.sigmoid(total)).to(dtype).to(tl.float32)
 
 
@@ -47,7 +79,7 @@ def _past(conv_ptr, C, channel, live):
 def _mix_step(
     projected_ptr, row_stride, weight_ptr, bias_ptr, A_ptr, D_ptr, dt_bias_ptr, norm_ptr, conv_ptr, state_ptr,
     absorb_ptr, out_ptr, squares_ptr, T, heads, held,
-    N: tl.constexpr, P: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     h = tl.program_id(1)
@@ -66,11 +98,15 @@ def _mix_step(
     B0, B1, B2 = _past(conv_ptr, C, n, in_state)
     C0, C1, C2 = _past(conv_ptr, C, N + n, in_state)
     x0, x1, x2 = _past(conv_ptr, C, x_channel, in_head)
-    absorb = tl.load(absorb_ptr + b)
+    B_taps = _taps(weight_ptr, bias_ptr, n, in_state)
+    C_taps = _taps(weight_ptr, bias_ptr, N + n, in_state)
+    x_taps = _taps(weight_ptr, bias_ptr, x_channel, in_head)
     A = tl.load(A_ptr + h)
     D = tl.load(D_ptr + h)
     dt_bias = tl.load(dt_bias_ptr + h)
     weight = tl.load(norm_ptr + h * P + p, mask=in_head, other=0.0)
+    begin(EARLY)
+    absorb = tl.load(absorb_ptr + b)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     for t in range(T):
         row = b * T + t
@@ -80,9 +116,9 @@ def _mix_step(
         own = projected + 2 * N + held + h * 2 * P + p
         x3 = tl.load(own, mask=in_head, other=0.0).to(tl.float32)
         z = tl.load(own + P, mask=in_head, other=0.0).to(tl.float32)
-        B = _convolved(B0, B1, B2, B3, weight_ptr, bias_ptr, n, in_state, dtype)
-        C_n = _convolved(C0, C1, C2, C3, weight_ptr, bias_ptr, N + n, in_state, dtype)
-        x = _convolved(x0, x1, x2, x3, weight_ptr, bias_ptr, x_channel, in_head, dtype)
+        B = _convolved(B0, B1, B2, B3, B_taps, dtype)
+        C_n = _convolved(C0, C1, C2, C3, C_taps, dtype)
+        x = _convolved(x0, x1, x2, x3, x_taps, dtype)
         dt = tl.load(projected + 2 * N + h).to(tl.float32) + dt_bias
         # log(1 + e^v) without overflow, and without losing a small e^v beside the 1, as in scan_common.
         small = tl.exp(-tl.abs(dt))
@@ -117,7 +153,7 @@ def _input(conv_ptr, projected_ptr, row_stride, step, C, channel, groups):
 
 
 @triton.jit
-def _shift(conv_ptr, projected_ptr, row_stride, absorb_ptr, b, T, C, groups, GROUPS: tl.constexpr):
+def shift(conv_ptr, projected_ptr, row_stride, absorb_ptr, b, T, C, groups, GROUPS: tl.constexpr):
     """Move B's and C's past of sequence b on. Each thread reads all of its channels' inputs before it writes one."""
     channel = tl.arange(0, GROUPS)
     live = channel < groups
@@ -134,7 +170,7 @@ def _shift(conv_ptr, projected_ptr, row_stride, absorb_ptr, b, T, C, groups, GRO
 
 @triton.jit
 def _shift_groups(conv_ptr, projected_ptr, row_stride, absorb_ptr, T, C, groups, GROUPS: tl.constexpr):
-    _shift(conv_ptr, projected_ptr, row_stride, absorb_ptr, tl.program_id(0).to(tl.int64), T, C, groups, GROUPS)
+    shift(conv_ptr, projected_ptr, row_stride, absorb_ptr, tl.program_id(0).to(tl.int64), T, C, groups, GROUPS)
 
 
 @triton.jit
@@ -156,7 +192,7 @@ def _finish_step(
     out = x * scale * tl.load(weight_ptr + column, mask=live, other=0.0)
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=live)
     if row % T == 0:
-        _shift(conv_ptr, projected_ptr, row_stride, absorb_ptr, row // T, T, C, groups, GROUPS)
+        shift(conv_ptr, projected_ptr, row_stride, absorb_ptr, row // T, T, C, groups, GROUPS)
 
 
 def mix_step(
@@ -172,11 +208,13 @@ def mix_step(
     absorb_b: Tensor,
     *,
     held: int,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gated outputs times the norm's weight but not its scale (compute dtype, b t i), and sums of squares of parts of them
     before the weight (float32, b t parts). Moves the scan's states and x's past on; `finish_step` moves B's and C's.
 
-    The arguments are those of modeling.ops.step.mixer_step.
+    The arguments are those of modeling.ops.step.mixer_step. `early` is for a chain of `project`, this and `add_branch`: it
+    reads the states before the kernel before it has ended, which must not have written them.
     """
     b, t, _ = projected_btr.shape
     heads, p, n = ssm_state_bhpn.shape[1:]
@@ -187,7 +225,7 @@ def mix_step(
     _mix_step[(parts, heads, b)](
         projected_btr, projected_btr.stride(1), conv_ck, conv_bias_c, A_h, D_h, dt_bias_h, norm_i, conv_state_bkc,
         ssm_state_bhpn, absorb_b, out, squares, t, heads, held,
-        N=n, P=p, STATE=triton.next_power_of_2(n), ROWS=rows,
+        N=n, P=p, STATE=triton.next_power_of_2(n), ROWS=rows, EARLY=early, launch_pdl=early,
     )  # fmt: skip
     return out, squares
 
