@@ -11,6 +11,8 @@ from modeling.decode import generate, prefill
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.nesting import LayerWidths
+from modeling.ops.kernels.step import begins_early
+from modeling.ops.kernels.step_products import FEW_TOKENS
 from modeling.speculative import generate_speculatively
 
 pytestmark = [
@@ -26,32 +28,34 @@ LENGTHS = (1, 2, 300, 40)
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 
 
-def prompts() -> list[list[int]]:
+def prompts(batch: int = len(LENGTHS)) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, CFG.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
+    return [torch.randint(0, CFG.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS[-batch:]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("batch", [1, FEW_TOKENS, len(LENGTHS)])
 def test_unequal_prompts_and_steps_equal_the_cpu(
-    trained: LanguageModel, widths: LayerWidths, dtype: torch.dtype
+    trained: LanguageModel, batch: int, widths: LayerWidths, dtype: torch.dtype
 ) -> None:
     models = InferenceModel(trained), InferenceModel(trained, dtype=dtype, device="cuda")
-    states = [model.empty_state(len(LENGTHS), widths) for model in models]
-    expected, found = (m.logits(prefill(m, prompts(), s)) for m, s in zip(models, states, strict=True))
+    states = [model.empty_state(batch, widths) for model in models]
+    expected, found = (m.logits(prefill(m, prompts(batch), s)) for m, s in zip(models, states, strict=True))
     for i in range(5):
         for row, reference in zip(found.cpu(), expected, strict=True):
             assert float((row - reference).norm() / reference.norm()) < TOLERANCE[dtype]
-        new = torch.tensor([[7 * i + b] for b in range(len(LENGTHS))])
+        new = torch.tensor([[7 * i + b] for b in range(batch)])
         expected, found = (m.logits(m.forward(new.to(m.device), s)[:, 0]) for m, s in zip(models, states, strict=True))
 
 
-def test_a_graph_does_what_launching_does(trained: LanguageModel) -> None:
+@pytest.mark.parametrize("batch", [1, FEW_TOKENS, len(LENGTHS)])
+def test_a_graph_does_what_launching_does(trained: LanguageModel, batch: int) -> None:
     model = InferenceModel(trained, dtype=torch.bfloat16, device="cuda")
-    plain = model.empty_state(4, CFG.layer_widths(8))
-    prefill(model, prompts(), plain)
+    plain = model.empty_state(batch, CFG.layer_widths(8))
+    prefill(model, prompts(batch), plain)
     replayed = plain.clone()
-    tokens_b = torch.arange(4, device="cuda")
+    tokens_b = torch.arange(batch, device="cuda")
     step = graphed(lambda t_b: model.logits(model.forward(t_b[:, None], replayed)[:, 0]), [tokens_b], [replayed])
     for _ in range(5):
         expected = model.logits(model.forward(tokens_b[:, None], plain)[:, 0])
@@ -60,6 +64,25 @@ def test_a_graph_does_what_launching_does(trained: LanguageModel) -> None:
         tokens_b = expected.argmax(-1)
     for mine, theirs in zip((*plain.conv, *plain.ssm), (*replayed.conv, *replayed.ssm), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_begin_early_do_what_others_do(
+    trained: LanguageModel, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Token for token, over enough steps for a kernel that reads before it may to be caught."""
+    if not begins_early(torch.device("cuda")):
+        pytest.skip("waits for a GPU of compute capability 9.0 or more")
+    model, rows = InferenceModel(trained, dtype=dtype, device="cuda"), prompts(1)
+
+    def greedy() -> list[torch.Tensor]:
+        return list(generate(model, rows, CFG.layer_widths(16), max_new_tokens=200))
+
+    early = greedy()
+    model.kept_steps.clear()
+    monkeypatch.setattr("modeling.inference.begins_early", lambda _: False)
+    monkeypatch.setattr("modeling.ops.kernels.step_products.begins_early", lambda _: False)
+    assert torch.equal(torch.stack(early), torch.stack(greedy()))
 
 
 @pytest.mark.parametrize("draft", [(16, 16, 16), (2, 2, 2)])

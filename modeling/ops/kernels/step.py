@@ -29,20 +29,27 @@ fewer convolve B and C less often."""
 
 @functools.cache
 def begins_early(device: torch.device) -> bool:
-    """Whether kernels of a chain may begin before the one before has ended (CUDA's programmatic dependent launch: Hopper
-    and later). Each needs both `launch_pdl` and `begin`."""
+    """Whether kernels of a chain may begin before those before have ended (CUDA's programmatic dependent launch: Hopper and
+    later). Each is then launched with `launch_pdl` and calls both functions below."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
-def begin(EARLY: tl.constexpr):
-    """Let the next kernel of the chain begin, and wait until all before have ended and what they wrote can be read.
-
-    Before it a program may read only what no kernel of this step writes before it, and write nothing. Every program of
-    every kernel of the chain waits here, so that the end of one means the end of all before.
-    """
+def let_next_begin(EARLY: tl.constexpr):
+    """Let the next kernel of the chain begin where there is room, once all programs of this one have."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(EARLY: tl.constexpr):
+    """Wait until the kernels before have ended and what they wrote can be read.
+
+    Before this a program may read only what no kernel of the step writes before it, and write nothing. Every program of
+    every kernel of the chain comes here, so that the end of one kernel means the end of all before it. Nor should it use
+    what it reads before: the compiler would have it wait for that first.
+    """
+    if EARLY:
         tl.extra.cuda.gdc_wait()
 
 
@@ -81,6 +88,7 @@ def _mix_step(
     absorb_ptr, out_ptr, squares_ptr, T, heads, held,
     N: tl.constexpr, P: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(EARLY)
     part = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -105,7 +113,7 @@ def _mix_step(
     D = tl.load(D_ptr + h)
     dt_bias = tl.load(dt_bias_ptr + h)
     weight = tl.load(norm_ptr + h * P + p, mask=in_head, other=0.0)
-    begin(EARLY)
+    wait_for_last(EARLY)
     absorb = tl.load(absorb_ptr + b)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     for t in range(T):

@@ -2,12 +2,13 @@
 them rides along, so that a layer is three kernels, `project`, `mix_step` of step.py, and `add_branch`.
 
 Such a step takes as long as reading its weights. A program holds some rows of the matrix whole, in registers: all of its
-loads are under way at once, and begin before it waits for the kernel before it (`begin` of step.py), so that weights are on
+loads are under way at once, and begin before it waits for the kernel before it (`wait_for_last`), so that weights are on
 their way while the small kernel between two products runs. `project` takes the norm of its input, which every program needs,
 by itself: 8 kB out of the cache at d = 2,048. More tokens than that take torch's products and `finish_step`.
 
 Sums are float32, and so is what goes into the product: the norm's output is not rounded to the compute dtype before it, nor
-the branch behind it, where torch's products need both. Any sizes will do; a row takes the next power of 2 of a program.
+the branch behind it, where torch's products need both. Any sizes will do; loads are of 16 bytes where d, i and the distance
+of rows are multiples of 16 entries, and of single entries elsewhere, which is slow: an odd number of heads of 24 channels.
 
 Letters: b batch, t time, d model, r rows of the packed projection, c channels (B, C, then x), n state, i inner, k conv taps,
 q parts that `mix_step` sums squares over.
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.ops.kernels.step import begin, begins_early, shift
+from modeling.ops.kernels.step import begins_early, let_next_begin, shift, wait_for_last
 
 FEW_TOKENS = 2
 TILE_BYTES = 32 * 1024
@@ -37,21 +38,35 @@ def _tile(weight_ptr, stride, row, rows, column, live):
 
 
 @triton.jit
+def _as_float(weight, EARLY: tl.constexpr):
+    """Float32. The compiler would take bfloat16 pairs apart where they are loaded, and wait for them too early."""
+    if EARLY and weight.dtype == tl.bfloat16:
+        exact = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [weight], tl.float32, is_pure=False, pack=2
+        )  # fmt: skip
+    else:
+        exact = weight.to(tl.float32)
+    return exact
+
+
+@triton.jit
 def _project(
     x_ptr, norm_ptr, weight_ptr, out_ptr, rows, width, eps,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     live = column < width
     weight = _tile(weight_ptr, width, row, rows, column, live)
     norm = tl.load(norm_ptr + column, mask=live, other=0.0)
-    begin(EARLY)
+    wait_for_last(EARLY)
+    weight = _as_float(weight, EARLY)
     for token in tl.static_range(TOKENS):
         x = tl.load(x_ptr + token * width + column, mask=live, other=0.0)
         # The norm's scale is a number a token: it goes in behind the product, and neither sum waits for the other.
         scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
-        out = tl.sum(weight.to(tl.float32) * (x * norm)[None, :], axis=1) * scale
+        out = tl.sum(weight * (x * norm)[None, :], axis=1) * scale
         tl.store(out_ptr + token * rows + row, out.to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
@@ -62,18 +77,20 @@ def _add_branch(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr, GROUPS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     live = column < inner
     weight = _tile(weight_ptr, weight_stride, row, width, column, live)
     part = tl.arange(0, PARTIALS)
-    begin(EARLY)
+    wait_for_last(EARLY)
+    weight = _as_float(weight, EARLY)
     for token in tl.static_range(TOKENS):
         place = x_ptr + token * width + row
         x = tl.load(place, mask=row < width, other=0.0)
         gated = tl.load(gated_ptr + token * inner + column, mask=live, other=0.0).to(tl.float32)
         squares = tl.sum(tl.load(squares_ptr + token * partials + part, mask=part < partials, other=0.0), axis=0)
-        branch = tl.sum(weight.to(tl.float32) * gated[None, :], axis=1)
+        branch = tl.sum(weight * gated[None, :], axis=1)
         tl.store(place, x + branch * (1.0 / tl.sqrt(squares / inner + eps)), mask=row < width)
     b = tl.program_id(0)
     if b < B:
