@@ -31,7 +31,7 @@ fewer convolve B and C less often."""
 def begins_early(device: torch.device) -> bool:
     """Whether kernels of a chain may begin before those before have ended (CUDA's programmatic dependent launch: Hopper and
     later). Each is then launched with `launch_pdl` and calls both functions below."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
