@@ -3,8 +3,8 @@
     python -m tests.perf.loss_curve configs/lm_130m.yaml data.path=SHARDS data.tokens_per_step=8192 data.micro_batch=8 \\
         --steps 500 --folder /tmp/curves --out docs/benchmarks/loss_curve.json --plot docs/images/loss_curve.png
 
-Three runs of the trainer: our kernels, the plain path (mamba-ssm's scan, everything else plain PyTorch, launched kernel by
-kernel) with the same seed, and our kernels with another seed. The kernels round elsewhere than the plain path does, so the
+Three runs of the trainer: our kernels, the plain path (plain PyTorch, scan included, launched operation by operation) with
+the same seed, and our kernels with another seed. The kernels round elsewhere than the plain path does, so the
 curves drift apart as any two roundings do; they must stay much closer than two seeds. The record has every step's losses.
 """
 
@@ -36,10 +36,11 @@ Curves = dict[str, list[float]]
 
 
 def be_plain() -> None:
-    """Take our Triton kernels out of the model: the mixer's, the residual norm's and the loss's."""
+    """Take all Triton kernels out of the model: the mixer's, mamba-ssm's scan (which tunes itself for minutes), the
+    residual norm's and the loss's."""
     import modeling.backbone
     import modeling.loss
-    from modeling.ops import kernels
+    from modeling.ops import kernels, upstream
     from modeling.ops.norm import rms_norm
     from modeling.tensor_parallel import TensorParallel
 
@@ -65,6 +66,7 @@ def be_plain() -> None:
                 grad_head_vd += grad_head
         return loss.detach()
 
+    upstream.chunk_scan = lambda: None
     kernels.usable = lambda *_: False
     kernels.why_not = lambda *_: "taken out by tests.perf.loss_curve"
     modeling.backbone.add_norm = add_norm
@@ -76,7 +78,8 @@ def start(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> sub
     folder = args.folder / name
     overrides = [*args.overrides, f"run_dir={folder}", f"seed={seed}", f"optim.steps={args.steps}"]
     overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
-    overrides += ["cuda_graphs=never"] if plain else []
+    # Short chunks: the plain scan holds a chunk x chunk matrix a head.
+    overrides += ["cuda_graphs=never", "model.chunk_size=64"] if plain else []
     worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
     worker += ["--at-once"] if args.at_once else []
     print(f"{name}: {args.steps} steps", flush=True)
