@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=1, help="nodes that --plan assumes")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each of them")
     parser.add_argument("--gpu", default="H200", help="their kind: H200, H100, A100, B200")
-    parser.add_argument("--nvlink-gb-s", type=float, default=400.0, help="GB/s one way, a GPU, inside a node")
+    parser.add_argument("--nvlink-gb-s", type=float, help="GB/s one way, a GPU, inside a node (default: as measured)")
     parser.add_argument("--network-gb-s", type=float, default=45.0, help="GB/s one way, a GPU, between nodes")
     parser.add_argument("--doctor", action="store_true", help="print versions and devices, and what is missing")
     args = parser.parse_intermixed_args(argv)  # overrides may follow options
@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config(args.config, args.overrides)
         if args.plan:
-            from pretrain.plan import Cluster, print_plan
+            from pretrain.plan import NVLINK_GB_S, Cluster, print_plan
 
             cluster = Cluster(
                 nodes=args.nodes,
                 gpus_per_node=args.gpus_per_node,
                 gpu=args.gpu,
-                nvlink_gb_s=args.nvlink_gb_s,
+                nvlink_gb_s=NVLINK_GB_S if args.nvlink_gb_s is None else args.nvlink_gb_s,
                 network_gb_s=args.network_gb_s,
             )
             print_plan(language_run(cfg, "--plan, whose rates were measured on them,"), cluster)

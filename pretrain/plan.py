@@ -2,7 +2,8 @@
 
 A step's time on a rank is its arithmetic, its memory-bound kernels and the collectives that wait for each other, never less
 than what the host needs to launch what is no CUDA graph. The rates were measured on one H100 (docs/benchmarks), the update's
-on an H200; another GPU's are scaled by its datasheet. No run on several GPUs has checked the link terms: the plan says so.
+on an H200; another GPU's are scaled by its datasheet. The link terms were checked on two GPUs of one host, none between nodes:
+the plan says so.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ VOCABULARY_S = 2.1e-12
 """Softmax statistics and gradient, a token and vocabulary row."""
 PARAMETER_S, OUTSIDE_S = 4e-12, 20e-12
 """Casts and gradient sums a parameter and pass; embedding and loss a d_model channel and token."""
-UPDATE_S, UPDATE_HOST_S = 60e-12, 0.02
+WIDTH_USED = 0.4
+"""What these kernels gain of a wider memory: on an H200, 1.43 times as wide, they took 0.85 of the H100's time. What else they
+do, exponentials and sums over a tile, is as fast on both."""
+UPDATE_S, UPDATE_HOST_S = 21e-12, 0.022
 """DeepSpeed's step, on an H200: a parameter (its copies of all, and AdamW of the shard, half and half), and in any case."""
 HOST_S = {"none": 3.4e-3, "states": 3.4e-3, "selective": 3.8e-3, "block": 4.6e-3}
 """What the host needs to launch one layer of one pass where passes are no CUDA graphs: more than the GPU takes for 370M and
@@ -54,6 +58,9 @@ RESERVED_GIB = 4.0
 """CUDA context, NCCL's buffers, fragmentation."""
 LATENCY_S = 20e-6
 """Of one collective."""
+NVLINK_GB_S = 200.0
+"""One way, of a ring on two H200s: 281 where nothing else ran, 175 to 243 beside matrix products, which slow down as well: so
+no collective counts as hidden."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +184,7 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
         bound += tokens / tp * model.n_vocab_rows * VOCABULARY_S + tokens * model.d_model * OUTSIDE_S
     bound += passes_per_step(cfg, cluster.world_size) * local_parameters(model, tp) * PARAMETER_S
     faster = GPU_PEAK_TFLOPS[cluster.gpu] / GPU_PEAK_TFLOPS[MEASURED_ON]
-    return products / (PRODUCT_FLOP_S * faster) + bound / _wider(cluster, MEASURED_ON)
+    return products / (PRODUCT_FLOP_S * faster) + bound / (1 + WIDTH_USED * (_wider(cluster, MEASURED_ON) - 1))
 
 
 def _update_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
@@ -259,7 +266,7 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
         f"at most {HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
         f"{LATENCY_S * 1e6:.0f} us a collective, none hidden behind arithmetic; {RESERVED_GIB:.0f} GiB reserved. "
-        "The link terms have not been checked on several GPUs"
+        "Steps on one and two H200s were within 10%; links between nodes have not been checked"
         + (
             f". On an {cluster.gpu} the mixer's kernels do not run: expect less" if cluster.gpu in BEFORE_HOPPER else ""
         ),

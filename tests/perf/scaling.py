@@ -37,7 +37,7 @@ from pretrain.engine import Engine
 from pretrain.hardware import compute_dtype, device_name
 from pretrain.objective import add_gradients, graphed, step_widths
 from pretrain.passes import why_launched
-from pretrain.plan import GPUS, MEASURED_ON, Cluster, predict
+from pretrain.plan import GPUS, MEASURED_ON, NVLINK_GB_S, Cluster, predict
 from pretrain.provenance import git_commit, versions
 
 WARM_UP = 3
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--scaling", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--nvlink-gb-s", type=float, default=400.0)
+    parser.add_argument("--nvlink-gb-s", type=float, default=NVLINK_GB_S)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_intermixed_args()
     cfg = load_config(args.config, ["run_dir=unused", "data.path=unused", *args.overrides])

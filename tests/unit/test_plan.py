@@ -1,4 +1,4 @@
-"""The planner: only layouts that fit, in an order that makes sense, near what one H100 was measured to take."""
+"""The planner: only layouts that fit, in an order that makes sense, near what one and two GPUs were measured to take."""
 
 from __future__ import annotations
 
@@ -13,13 +13,24 @@ from pretrain.__main__ import main
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import load_config
 from pretrain.memory import estimate
-from pretrain.plan import GIB, GPUS, RESERVED_GIB, Cluster, plan, predict
+from pretrain.plan import GIB, GPUS, NVLINK_GB_S, RESERVED_GIB, Cluster, plan, predict
 
 REPOSITORY = Path(__file__).parents[2]
-RECORD = [
+BENCHMARKS = REPOSITORY / "docs/benchmarks"
+ALONE = [
     row
-    for row in json.loads((REPOSITORY / "docs/benchmarks/compare_reference.json").read_text())
+    for name in ("compare_reference.json", "compare_reference_h100_202611.json")
+    for row in json.loads((BENCHMARKS / name).read_text())
     if row["width"] == "joint" and row["sequence"] == 1024
+]
+LAYOUTS = [
+    pytest.param(
+        run, row, id=f"{Path(run['config']).stem}, {row['world_size']} GPUs, tp {row['tensor']} {run['overrides']}"
+    )
+    for run in json.loads((BENCHMARKS / "scaling_h200_202611.json").read_text())
+    for row in run["rows"]
+    # The first run's tp 2 was launched kernel by kernel, as nothing is any more.
+    if row["tensor"] == 1 or not run["commit"].endswith("-dirty")
 ]
 
 
@@ -31,7 +42,7 @@ def cluster(nodes: int, gpus: int, gpu: str = "H200", network_gb_s: float = 45.0
     return Cluster(nodes=nodes, gpus_per_node=gpus, gpu=gpu, nvlink_gb_s=400.0, network_gb_s=network_gb_s)
 
 
-@pytest.mark.parametrize("row", RECORD, ids=lambda row: f"{row['model']} {row['activation_checkpointing']}")
+@pytest.mark.parametrize("row", ALONE, ids=lambda row: f"{row['model']} {row['activation_checkpointing']}")
 def test_one_gpu_is_predicted_as_measured(row: dict[str, Any]) -> None:
     """The passes of a micro-batch; the record has no optimizer in it."""
     cfg = config(row["model"])
@@ -41,12 +52,24 @@ def test_one_gpu_is_predicted_as_measured(row: dict[str, Any]) -> None:
         data=replace(cfg.data, tokens_per_step=micro_batch * 1024),
         parallel=replace(cfg.parallel, activation_checkpointing=mode),
     )
-    found = predict(cfg, cluster(1, 1, "H100"))
-    assert "H100" in row["device"]
+    (gpu,) = (name for name in ("H100", "H200") if name in row["device"])
+    found = predict(cfg, cluster(1, 1, gpu))
     assert found.compute_s == pytest.approx(micro_batch * 1024 / row["ours_tok_s"], rel=0.10)
     memory = found.memory
     passes = memory.parameters + memory.gradients + memory.activations + memory.transient
     assert passes / GIB == pytest.approx(row["ours_peak_gib"], rel=0.05)
+
+
+@pytest.mark.parametrize(("run", "row"), LAYOUTS)
+def test_a_layout_is_predicted_as_measured(run: dict[str, Any], row: dict[str, Any]) -> None:
+    """Whole steps, update and collectives included, on one and two H200s of one host."""
+    size = Path(run["config"]).stem.removeprefix("lm_")
+    cfg = config(size, *run["overrides"], f"parallel.tensor={row['tensor']}")
+    cfg = replace(cfg, data=replace(cfg.data, tokens_per_step=row["tokens_per_step"]))
+    hosts = Cluster(
+        nodes=1, gpus_per_node=row["world_size"], gpu="H200", nvlink_gb_s=NVLINK_GB_S, network_gb_s=NVLINK_GB_S
+    )
+    assert predict(cfg, hosts).step_s == pytest.approx(row["step_s"], rel=0.10)
 
 
 def test_graphs_keep_the_memory_of_passes_from_the_update() -> None:
@@ -99,7 +122,12 @@ def test_the_command_prints_a_ranking_and_what_it_assumed(capsys: pytest.Capture
     arguments = ["--plan", str(REPOSITORY / "configs/lm_1b4.yaml"), "--nodes", "4", "--gpus-per-node", "8"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    for expected in ("layouts fit", "fastest: parallel.tensor=", "assumed: H100 rates", "have not been checked"):
+    for expected in (
+        "layouts fit",
+        "fastest: parallel.tensor=",
+        "assumed: H100 rates",
+        "between nodes have not been checked",
+    ):
         assert expected in printed
     assert "kernels do not run" not in printed
     assert main([*arguments, "--gpu", "A100"]) == 0
