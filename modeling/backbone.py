@@ -41,12 +41,15 @@ class Block(nn.Module):
         *,
         recompute: MixerRecompute = "none",
         in_place_gradients: bool = False,
+        sends_apart: bool = False,
     ) -> None:
         super().__init__()
         self.eps, self.dtype, self.tp = cfg.norm_eps, dtype, tp
         self.norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
         self.norm_bias = _bias(cfg)
-        self.mixer = Mixer(cfg, tp, dtype, recompute=recompute, in_place_gradients=in_place_gradients)
+        self.mixer = Mixer(
+            cfg, tp, dtype, recompute=recompute, in_place_gradients=in_place_gradients, sends_apart=sends_apart
+        )
 
     def forward(
         self,
@@ -116,6 +119,7 @@ class Backbone(nn.Module):
                 self.dtype,
                 recompute=inside.get(self.recompute, "none"),
                 in_place_gradients=self.in_place_gradients,
+                sends_apart=self.recompute == "block",
             )
             for n in self.held
         ]

@@ -129,7 +129,7 @@ class InferenceModel:
             D_h=exact(mixer.D),
             dt_bias_h=exact(mixer.dt_bias),
             gated_norm_i=exact(mixer.gated_norm),
-            out_di=mixer.out.detach().to(self.device, self.dtype, copy=True),
+            out_di=mixer.out.detach().to(self.device, self.dtype, copy=True).contiguous(),
         )
 
     @property

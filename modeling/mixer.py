@@ -54,16 +54,20 @@ class Mixer(nn.Module):
         *,
         recompute: Recompute = "none",
         in_place_gradients: bool = False,
+        sends_apart: bool = False,
     ) -> None:
         """What training computes again in backward: with `recompute` "inside" all that lies between the projections, with
         "states" the scan's states, which the fused path alone keeps.
+
+        With `sends_apart` the fused path sends before and after itself instead of beside its products: torch then stops doing
+        a block again before its output is sent a second time.
 
         With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see Backbone.
         """
         super().__init__()
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp, dtype, recompute
         self._channels_of: dict[tuple[int, torch.device], Tensor] = {}
-        self.in_place_gradients = in_place_gradients
+        self.in_place_gradients, self.sends_apart = in_place_gradients, sends_apart
         heads = nesting.local_heads(cfg.n_heads, tp.size)
         inner, bc = heads * cfg.headdim, 2 * cfg.d_state
 
@@ -121,17 +125,18 @@ class Mixer(nn.Module):
         shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps, recompute=self.recompute)
         total = tp.total if tp.size > 1 else None
         dropping = None if drop is None else (drop, self._channels(n_heads, x_md.device))
-        return fused_mixer(
-            x_md,
+        out_md = fused_mixer(
+            tp.enter(x_md) if self.sends_apart else x_md,
             MixerWeights(*weights),
             shape,
-            tp,
+            TensorParallel() if self.sends_apart else tp,
             batch=batch,
             seq_idx_bt=seq_idx_bt,
             total=total,
             sums=sums,
             dropping=dropping,
         )
+        return tp.leave(out_md) if self.sends_apart else out_md
 
     def _plain(
         self,

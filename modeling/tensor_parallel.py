@@ -44,7 +44,8 @@ with warnings.catch_warnings():
 
 
 LEAST_SPLIT = 4096
-"""Tokens from which on a mixer's outputs are sent in halves: a smaller product takes little longer than starting to send."""
+"""Tokens that this rank goes on with from which on a mixer's outputs are sent in halves: a smaller product takes little
+longer than starting to send."""
 
 
 class Layout(Enum):
@@ -143,7 +144,7 @@ class TensorParallel:
 
         This rank's own tokens are multiplied while the others' are on their way.
         """
-        if not self.sequence:
+        if self.size == 1 or not self.sequence:
             return x_md, x_md @ weight_ed.T
         n = x_md.shape[0]
         whole_md = x_md.new_empty(n * self.size, x_md.shape[1])

@@ -14,8 +14,9 @@ from modeling.config import BackboneConfig
 from modeling.loss import Loss
 from modeling.nesting import LayerWidths
 from pretrain.config import NestingConfig, RunConfig
+from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.passes import GraphedPasses
+from pretrain.passes import GraphedPasses, Pass
 from pretrain.tasks import task_of
 
 
@@ -104,6 +105,7 @@ def _pass(
     return Loss(loss.total.detach(), loss.cross_entropy), lesson
 
 
-def graphed(engine: Engine, cfg: RunConfig) -> GraphedPasses:
+def graphed(engine: Engine, cfg: RunConfig, ranks: Ranks) -> GraphedPasses:
     """This engine's passes as CUDA graphs."""
-    return GraphedPasses(lambda widths, inputs: _pass(engine, widths, inputs, cfg, last=False)[0])
+    run: Pass = lambda widths, inputs: _pass(engine, widths, inputs, cfg, last=False)[0]  # noqa: E731
+    return GraphedPasses(run, ranks.agree_any)

@@ -3,8 +3,8 @@
 A pass has thousands of kernels, and the narrow widths' are shorter than launching them takes: on one H200 the 1.4B's
 eighth width spends two fifths of its time waiting for the host. A pass is launched the first time (which compiles what it
 needs), captured the second, replayed from then on. All graphs share one memory pool: they run one after another, and none
-keeps anything but its losses. Tensor parallelism's collectives are captured with the rest: capturing sends nothing, so a rank
-that cannot capture and launches instead still meets the others in the same ones.
+keeps anything but its losses. Tensor parallelism's collectives are captured with the rest. NCCL wants a collective captured by
+all of its ranks or by none, so ranks vote after each capture: where one could not, all launch.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ def why_launched(cfg: RunConfig, device: torch.device) -> str | None:
 
 
 class GraphedPasses:
-    """`run` as CUDA graphs, one for each submodel and shape of inputs."""
+    """`run` as CUDA graphs, one for each submodel and shape of inputs.
 
-    def __init__(self, run: Pass) -> None:
-        self._run = run
+    `on_any_rank` says whether its argument is true on any rank (Ranks.agree_any); all ranks must then call alike.
+    """
+
+    def __init__(self, run: Pass, on_any_rank: Callable[[bool], bool] = bool) -> None:
+        self._run, self._on_any_rank = run, on_any_rank
         self._refused = False
         self._pool = torch.cuda.graph_pool_handle()
         self._launched: set[tuple[object, ...]] = set()
@@ -70,9 +73,11 @@ class GraphedPasses:
             return self._run(widths, inputs)
         if key not in self._captured:
             refused = self._capture(key, widths, inputs)
-            if refused is not None:  # nothing of the pass has run: it is launched instead
+            if self._on_any_rank(refused is not None):  # nothing of the pass has run: it is launched instead
                 self._refused = True
-                logger.warning("passes: launched kernel by kernel from here on, capturing one failed: %s", refused)
+                self.clear()
+                why = refused or "on another rank"
+                logger.warning("passes: launched kernel by kernel from here on, capturing one failed: %s", why)
                 return self._run(widths, inputs)
         graph, fixed, loss = self._captured[key]
         for mine, given in zip(fixed, inputs, strict=True):
@@ -82,9 +87,7 @@ class GraphedPasses:
         return loss
 
     def _capture(self, key: tuple[object, ...], widths: LayerWidths, inputs: Any) -> str | None:
-        """Capture a pass; None, or why it cannot be. Then no pass is captured any more and their memory is free again, which
-        launching them takes.
-        """
+        """Capture a pass; None, or why it cannot be."""
         fixed = type(inputs)(*(None if x is None else x.clone() for x in inputs))
         graph = torch.cuda.CUDAGraph()
         try:
@@ -92,11 +95,11 @@ class GraphedPasses:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._run(widths, fixed)
         except RuntimeError as error:
-            why = str(error)
-        else:
-            self._captured[key] = graph, fixed, loss
-            return None
-        del graph
+            return str(error)
+        self._captured[key] = graph, fixed, loss
+        return None
+
+    def clear(self) -> None:
+        """Let go of all graphs, and of the memory that they hold."""
         self._captured.clear()
         torch.cuda.empty_cache()
-        return why

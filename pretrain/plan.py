@@ -59,8 +59,8 @@ RESERVED_GIB = 4.0
 LATENCY_S = 20e-6
 """Of one collective."""
 NVLINK_GB_S = 200.0
-"""One way, of a ring on two H200s: 281 where nothing else ran, 175 to 243 beside matrix products, which slow down as well: so
-no collective counts as hidden."""
+"""One way, of a ring on two H200s: 287 where nothing else ran, 167 to 248 beside matrix products
+(docs/benchmarks/scaling_h200_202611.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        """A step: no collective is hidden behind arithmetic today."""
+        """A step. What is sent beside arithmetic slows it as much: no collective counts as hidden."""
         return max(self.compute_s, self.host_s) + self.update_s + self.tp_s + self.dp_s
 
 
@@ -184,7 +184,9 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
         bound += tokens / tp * model.n_vocab_rows * VOCABULARY_S + tokens * model.d_model * OUTSIDE_S
     bound += passes_per_step(cfg, cluster.world_size) * local_parameters(model, tp) * PARAMETER_S
     faster = GPU_PEAK_TFLOPS[cluster.gpu] / GPU_PEAK_TFLOPS[MEASURED_ON]
-    return products / (PRODUCT_FLOP_S * faster) + bound / (1 + WIDTH_USED * (_wider(cluster, MEASURED_ON) - 1))
+    wider = _wider(cluster, MEASURED_ON)
+    # A narrower memory binds them all the more.
+    return products / (PRODUCT_FLOP_S * faster) + bound / (1 + WIDTH_USED * (wider - 1) if wider > 1 else wider)
 
 
 def _update_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
@@ -265,8 +267,8 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
         f"assumed: {MEASURED_ON} rates measured on one GPU{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s, "
         f"at most {HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
-        f"{LATENCY_S * 1e6:.0f} us a collective, none hidden behind arithmetic; {RESERVED_GIB:.0f} GiB reserved. "
-        "Steps on one and two H200s were within 10%; links between nodes have not been checked"
+        f"{LATENCY_S * 1e6:.0f} us a collective, none counted as hidden; {RESERVED_GIB:.0f} GiB reserved. "
+        "Rates are fitted to steps on one and two H200s; links between nodes have not been checked"
         + (
             f". On an {cluster.gpu} the mixer's kernels do not run: expect less" if cluster.gpu in BEFORE_HOPPER else ""
         ),

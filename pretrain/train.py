@@ -253,7 +253,7 @@ def main(cfg: RunConfig) -> int:
     meter = StepMeter(cfg, ranks)
     launched = why_launched(cfg, ranks.device)
     if launched is None:
-        engine.graphs = graphed(engine, cfg)
+        engine.graphs = graphed(engine, cfg, ranks)
     passes = "passes: CUDA graphs" if launched is None else f"passes: launched kernel by kernel ({launched})"
     logger.info("%s; %s; %s; %s", meter.peak_source, _mixer_path(cfg, ranks.device, dtype), passes, f"{dtype} compute")
     with TrainingProgress(start_step=state.step, n_steps=cfg.optim.steps, enabled=ranks.is_main) as progress:
@@ -280,11 +280,12 @@ def main(cfg: RunConfig) -> int:
                 raise RankError(f"rank {ranks.rank}: {'; '.join(lost)}: lost ({error})") from error
             raise
         finally:
+            if engine.graphs is not None:
+                engine.graphs.clear()  # NCCL does not close while graphs hold its collectives
             run.watchdog.stop()
             run.saver.close()
             loader.close()
             run.writer.close()
-    engine.graphs = None  # NCCL does not close while graphs hold its collectives
     close_ranks()
     return code
 

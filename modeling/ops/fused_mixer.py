@@ -70,14 +70,20 @@ Sums = tuple[Tensor | None, ...]
 NO_SUMS: Sums = (None,) * len(MixerWeights._fields)
 
 
+class Sent(Protocol):
+    """What is under way."""
+
+    def wait(self) -> Tensor: ...
+
+
 class Exchange(Protocol):
-    """What is sent between the ranks that share the heads, beside which matrix product: modeling.tensor_parallel.TensorParallel."""
+    """What is sent between the ranks that share the heads, beside which product: modeling.tensor_parallel.TensorParallel."""
 
     def gather_times(self, x_md: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor: ...
 
-    def start_sum(self, grad_md: Tensor) -> Any: ...
+    def start_sum(self, grad_md: Tensor) -> Sent: ...
 
 
 Dropping = tuple[Drop, Tensor]

@@ -201,6 +201,36 @@ def test_recomputing_inside_the_mixer_changes_no_bit(case: Case) -> None:
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+class CountingTwin(TwinRank):
+    """Counts how often a mixer's outputs are sent, whichever way."""
+
+    n_sent = 0
+
+    def leave(self, x: Tensor) -> Tensor:
+        CountingTwin.n_sent += 1
+        return x
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
+        return self.leave(super().times_leave(x_mi, weight_di))
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_block_done_again_sends_its_output_once(apart: bool) -> None:
+    """torch stops at the last tensor that backward needs: what is sent after it is not sent again."""
+    case = next(c for c in SMALL if c.ranks > 1)
+    mixer = mixer_of(case, LOW)
+    mixer.tp, mixer.sends_apart = CountingTwin(case.ranks), apart
+    x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = results(mixer_of(case, LOW), "fused", x_btd, case.width * case.ranks, None)
+    CountingTwin.n_sent = 0
+    actual = results(mixer, "block fused", x_btd, case.width * case.ranks, None)
+    assert CountingTwin.n_sent == (1 if apart else 2)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("case", [c for c in SMALL if c.headdim == 24], ids=str)
 def test_walking_two_heads_at_once_changes_no_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large batches do; of an odd number of heads the last one is walked twice."""

@@ -160,6 +160,28 @@ def test_a_pass_that_cannot_be_captured_is_launched_and_said_so(
     assert gradients(model)["blocks.0.mixer.D"].any()
 
 
+def test_a_rank_that_could_capture_launches_where_another_could_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NCCL wants a collective in the graphs of all of its ranks or of none."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    _, run = model_and_pass(in_place=True)
+    votes: list[bool] = []
+
+    def another_refuses(mine: bool) -> bool:
+        votes.append(mine)
+        return True
+
+    passes, inputs = GraphedPasses(run, another_refuses), inputs_of(0, documents=False)
+    for _ in range(3):
+        assert torch.isfinite(passes(CFG.layer_widths(8), inputs).total)
+    assert votes == [False], "asked once, of a capture that had worked"
+    assert not passes._captured
+    assert sum("on another rank" in record.message for record in caplog.records) == 1
+
+
 RAW = {
     "run_dir": "runs/test",
     "model": {"n_layers": 2, "d_model": 32, "headdim": 4, "widths": [16, 8], "vocab_size": 64},

@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     record.say("reading or drawing the weights")
     state, cfg = read(args)
     record.content |= {
-        "command": sys.argv if argv is None else argv,
+        "command": ["tests.perf.decode_throughput", *(sys.argv[1:] if argv is None else argv)],
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "absent": absent,

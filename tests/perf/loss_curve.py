@@ -155,7 +155,7 @@ def main() -> None:
     curves = {name: curves_of(args, name) for name in asked}
     last = max(1, args.steps // 5)
     record: dict[str, Any] = {
-        "command": sys.argv,
+        "command": ["tests.perf.loss_curve", *sys.argv[1:]],
         "commit": git_commit(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

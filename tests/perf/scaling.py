@@ -122,7 +122,7 @@ def measure(cfg: RunConfig, steps: int) -> Row:
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)
     if why_launched(cfg, ranks.device) is None:
-        engine.graphs = graphed(engine, cfg)
+        engine.graphs = graphed(engine, cfg, ranks)
     losses, norms, taken = [], [], []
     for step in range(max(WARM_UP, COMPARED) + steps):
         batches = tokens_of(cfg, ranks, step)
@@ -147,7 +147,8 @@ def measure(cfg: RunConfig, steps: int) -> Row:
     row["tokens_per_s_per_device"] = cfg.data.tokens_per_step / row["step_s"] / ranks.world_size
     if ranks.device.type == "cuda":
         row["collectives"] = collective_seconds(lambda: take_step(engine, cfg, batches))
-    engine.graphs = None  # NCCL does not close while graphs hold its collectives
+    if engine.graphs is not None:
+        engine.graphs.clear()  # NCCL does not close while graphs hold its collectives
     close_ranks()
     return row
 

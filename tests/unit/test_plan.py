@@ -29,8 +29,8 @@ LAYOUTS = [
     )
     for run in json.loads((BENCHMARKS / "scaling_h200_202611.json").read_text())
     for row in run["rows"]
-    # The first run's tp 2 was launched kernel by kernel, as nothing is any more.
-    if row["tensor"] == 1 or not run["commit"].endswith("-dirty")
+    # The first run's tp 2 was launched kernel by kernel and sent nothing beside anything, as nothing does any more.
+    if row["tensor"] == 1 or any(sent["beside_others"] for sent in row["collectives"].values())
 ]
 
 
