@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -48,6 +50,17 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: 
 def start_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """The forked ranks of `work(*args)`, running; the caller ends and joins them."""
     return _start(world_size, Path(tempfile.mkdtemp()), work, args)
+
+
+def run_python(*arguments: object, timeout_s: float = 400, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, which chooses its devices anew: for tests that need a GPU, which no fork can use.
+
+    `settings` are environment variables.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | settings
+    environment.pop("DS_ACCELERATOR", None)  # what pretrain.engine chose for this process
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 def _start(world_size: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:

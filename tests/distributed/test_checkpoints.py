@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ from pretrain.config_io import config_to_yaml
 from pretrain.metrics import read_metrics
 from pretrain.restarts import EXIT_REQUEUE
 from pretrain.retention import BEST, note_losses, read_best
-from tests.distributed.harness import RankFailedError, run_ranks, start_ranks
+from tests.distributed.harness import RankFailedError, run_python, run_ranks, start_ranks
 from tests.distributed.toy_run import damage, losses, run_config
 
 
@@ -372,10 +370,7 @@ def test_from_cpu_to_gpu_and_back_no_bit_changes(dataset: Path, tmp_path: Path) 
     config.write_text(config_to_yaml(run_config(dataset, tmp_path / "cpu", optim={"steps": 3})))
 
     def python(*arguments: str, gpus: str) -> None:
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
-        environment.pop("DS_ACCELERATOR", None)  # what pretrain.engine chose for this process
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        done = run_python(*arguments, timeout_s=200, CUDA_VISIBLE_DEVICES=gpus)
         assert done.returncode == 0, done.stderr[-2000:]
 
     python("-m", "pretrain", str(config), gpus="")

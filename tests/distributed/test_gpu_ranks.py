@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from modeling import tensor_parallel
 from pretrain import train
 from pretrain.config_io import config_to_yaml, load_config
 from pretrain.metrics import read_metrics
-from tests.distributed.toy_run import losses, run_config
+from tests.distributed.harness import run_python
+from tests.distributed.toy_run import losses, run_config, signal_in_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,15 +36,9 @@ LAYOUTS = [
 
 def start_run(gpus: int, module: str, *arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
     """A run on the first `gpus` GPUs: under torchrun, or as one plain process."""
-    command = [sys.executable, "-m"]
-    if gpus > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
-    visible = ",".join(str(gpu) for gpu in range(gpus))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": visible}
-    environment |= {"LOST_SECONDS": "5", "OMP_NUM_THREADS": "1"} | settings
-    environment.pop("DS_ACCELERATOR", None)  # what pretrain.engine chose for this process
-    command += [module, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"] if gpus > 1 else []
+    settings |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))), "LOST_SECONDS": "5", "OMP_NUM_THREADS": "1"}
+    return run_python("-m", *launcher, module, *arguments, timeout_s=400, **settings)
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
@@ -105,21 +99,9 @@ def test_a_killed_ranks_run_goes_on_on_one_gpu(layout: list[str], config: Path, 
     assert_trained_alike(config, tmp_path, alone)
 
 
-def die_in_step(step: int) -> None:
-    """Rank 1 of the run to come is killed while the gradients of this step (0-based) are being computed."""
-    accumulate = train.accumulate_gradients
-
-    def accumulate_or_die(run: train.Run, micro_batches: Any) -> float:
-        if run.state.step == step and run.ranks.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return accumulate(run, micro_batches)
-
-    train.accumulate_gradients = accumulate_or_die
-
-
 if __name__ == "__main__":
     # A run as `python -m pretrain` starts it, but that mixers' outputs go out in halves at a test's size as well.
     tensor_parallel.LEAST_SPLIT = 2
     if "DIE_IN_STEP" in os.environ:
-        die_in_step(int(os.environ["DIE_IN_STEP"]))
+        signal_in_step(signal.SIGKILL, int(os.environ["DIE_IN_STEP"]), rank=1)
     sys.exit(train.main(load_config(sys.argv[1], sys.argv[2:])))

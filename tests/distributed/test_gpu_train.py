@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.config_io import config_to_yaml
+from tests.distributed.harness import run_python
 from tests.distributed.toy_run import losses, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")]
@@ -27,13 +25,10 @@ def test_graphed_passes_train_as_launched_ones(dataset: Path, tmp_path: Path) ->
         deterministic=True,
     )
     (tmp_path / "run.yaml").write_text(config_to_yaml(cfg))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("DS_ACCELERATOR", None)  # what pretrain.engine chose for this process
     found = {}
     for mode, says in (("auto", "passes: CUDA graphs"), ("never", "cuda_graphs=never")):
         overrides = [f"run_dir={tmp_path / mode}", f"cuda_graphs={mode}"]
-        command = [sys.executable, "-m", "pretrain", str(tmp_path / "run.yaml"), *overrides]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+        done = run_python("-m", "pretrain", tmp_path / "run.yaml", *overrides)
         said = done.stdout + done.stderr
         assert done.returncode == 0, said[-2000:]
         assert says in said

@@ -41,16 +41,21 @@ def losses(cfg: RunConfig) -> list[tuple[str, int, dict[str, float]]]:
     return [(record["kind"], record["step"], record["loss"]) for record in records if record["kind"] != "event"]
 
 
-def train_until(cfg: RunConfig, stop_after: int) -> int:
-    """Train; rank 0 gets SIGTERM while the gradients of step `stop_after` (0-based) are being computed."""
+def signal_in_step(what: signal.Signals, step: int, *, rank: int) -> None:
+    """In the run to come, `rank` gets a signal while the gradients of step `step` (0-based) are being computed."""
     accumulate = train.accumulate_gradients
 
-    def accumulate_and_be_told_to_stop(run: train.Run, micro_batches: Any) -> float:
-        if run.state.step == stop_after and run.ranks.is_main:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def accumulate_under_a_signal(run: train.Run, micro_batches: Any) -> float:
+        if run.state.step == step and run.ranks.rank == rank:
+            os.kill(os.getpid(), what)
         return accumulate(run, micro_batches)
 
-    train.accumulate_gradients = accumulate_and_be_told_to_stop
+    train.accumulate_gradients = accumulate_under_a_signal
+
+
+def train_until(cfg: RunConfig, stop_after: int) -> int:
+    """Train; rank 0 is told to stop (SIGTERM) in step `stop_after` (0-based)."""
+    signal_in_step(signal.SIGTERM, stop_after, rank=0)
     return train.main(cfg)
 
 

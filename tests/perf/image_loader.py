@@ -43,7 +43,7 @@ from data_prep import prepare_imagenet  # noqa: E402 - after the path
 from data_prep.image_codec import SHRINKS, decode_rgb, jpeg_header  # noqa: E402
 from pretrain.image_config import AugmentConfig, ImageDataConfig  # noqa: E402
 from pretrain.image_transform import evaluation_pixels, random_crop, resized, training_pixels  # noqa: E402
-from pretrain.images import ImageLoader  # noqa: E402
+from pretrain.images import PREFETCH_MICRO_BATCHES, ImageLoader  # noqa: E402
 from pretrain.rand_augment import OPERATIONS, apply, color_jitter  # noqa: E402
 
 WIDTH, HEIGHT, FILE_BYTES, SIZE = 500, 375, 110_000, 224
@@ -226,7 +226,7 @@ def loader_row(dataset: Path, name: str, n_workers: int, n_steps: int, augment: 
     cfg = ImageDataConfig(path=str(dataset), images_per_step=256, micro_batch=64, n_workers=n_workers)
     loader = ImageLoader(cfg, augment, seed=0, dp_rank=0, dp_size=1, n_sequences_per_step=256)
     before = cpu_s()
-    ahead = 1 + 2 * n_workers * cfg.micro_batch // cfg.images_per_step  # two micro-batches a worker are made in advance
+    ahead = 1 + PREFETCH_MICRO_BATCHES * n_workers * cfg.micro_batch // cfg.images_per_step
     for _ in range(ahead):
         loader.next_step()
     started = time.monotonic()
