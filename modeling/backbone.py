@@ -68,8 +68,7 @@ class Block(nn.Module):
         weight = self.tp.replicate(self.norm)
         bias = None if self.norm_bias is None else self.tp.replicate(self.norm_bias)
         x_md, normed_md = add_norm(x_md, branch_md, weight, bias, eps=self.eps, dtype=self.dtype, drop=drops.branch)
-        how = {"seq_idx_bt": seq_idx_bt, "state": state, "drop": drops.projection}
-        return x_md, self.mixer(normed_md, n_heads, batch, **how)
+        return x_md, self.mixer(normed_md, n_heads, batch, seq_idx_bt=seq_idx_bt, state=state, drop=drops.projection)
 
 
 class Backbone(nn.Module):

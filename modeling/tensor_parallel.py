@@ -147,12 +147,11 @@ class TensorParallel:
         if self.size == 1 or not self.sequence:
             return x_md, x_md @ weight_ed.T
         n = x_md.shape[0]
-        whole_md = x_md.new_empty(n * self.size, x_md.shape[1])
         product_me = x_md.new_empty(n * self.size, weight_ed.shape[0])
-        work = dist.all_gather_into_tensor(whole_md, x_md.contiguous(), group=self.group, async_op=True)
+        arriving = _gather(x_md, self, beside=True)
         before, after = n * self.rank, n * (self.rank + 1)
         torch.mm(x_md, weight_ed.T, out=product_me[before:after])
-        Pending(whole_md, work).wait()
+        whole_md = arriving.wait()
         for rows in (slice(0, before), slice(after, n * self.size)):
             if rows.stop > rows.start:
                 torch.mm(whole_md[rows], weight_ed.T, out=product_me[rows])
@@ -186,10 +185,7 @@ class TensorParallel:
         if self.size == 1:
             return Pending(grad_md, None)
         if self.sequence:
-            part_md = grad_md.new_empty(_tokens_each(grad_md, self), grad_md.shape[1])
-            return Pending(
-                part_md, dist.reduce_scatter_tensor(part_md, grad_md, group=self.group, async_op=True), grad_md
-            )
+            return _scatter(grad_md, self, beside=True)
         return Pending(grad_md, dist.all_reduce(grad_md, group=self.group, async_op=True))
 
     def share(self, weight: Tensor) -> Tensor:
@@ -246,39 +242,47 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return _gather(x, tp)
+        return _gather(x, tp).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _scatter(grad, ctx.tp), None
+        return _scatter(grad, ctx.tp).wait(), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return _scatter(x, tp)
+        return _scatter(x, tp).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.tp), None
+        return _gather(grad, ctx.tp).wait(), None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return _gather(x, tp)
+        return _gather(x, tp).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _share(grad, ctx.tp), None
 
 
-def _gather(x: Tensor, tp: TensorParallel) -> Tensor:
+def _gather(x: Tensor, tp: TensorParallel, *, beside: bool = False) -> Pending:
+    """All ranks' tokens. With `beside` what follows on this stream runs meanwhile, until it is waited for."""
+    x = x.contiguous()
     whole = x.new_empty(x.shape[0] * tp.size, *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=tp.group)
-    return whole
+    return Pending(whole, dist.all_gather_into_tensor(whole, x, group=tp.group, async_op=beside), x)
+
+
+def _scatter(x: Tensor, tp: TensorParallel, *, beside: bool = False) -> Pending:
+    """This rank's tokens of the ranks' sum. `beside` as for `_gather`."""
+    x = x.contiguous()
+    part = x.new_empty(_tokens_each(x, tp), *x.shape[1:])
+    return Pending(part, dist.reduce_scatter_tensor(part, x, group=tp.group, async_op=beside), x)
 
 
 def _share(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -300,12 +304,6 @@ def _halves(n_tokens: int) -> list[slice]:
     if n_tokens < LEAST_SPLIT:
         return [slice(0, n_tokens)]
     return [slice(0, n_tokens // 2), slice(n_tokens // 2, n_tokens)]
-
-
-def _scatter(x: Tensor, tp: TensorParallel) -> Tensor:
-    part = x.new_empty(_tokens_each(x, tp), *x.shape[1:])
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=tp.group)
-    return part
 
 
 def local_shape(shape: tuple[int, ...], layout: Layout, tp: int) -> tuple[int, ...]:

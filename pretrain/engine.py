@@ -137,6 +137,11 @@ class Engine:
             )
         return float(norm)
 
+    def close(self) -> None:
+        """Let go of the CUDA graphs, before the ranks part: NCCL does not close while graphs hold its collectives."""
+        if self.graphs is not None:
+            self.graphs.clear()
+
     def _addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.parameters.values()]
 

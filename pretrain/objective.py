@@ -16,7 +16,7 @@ from modeling.nesting import LayerWidths
 from pretrain.config import NestingConfig, RunConfig
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.passes import GraphedPasses, Pass
+from pretrain.passes import GraphedPasses
 from pretrain.tasks import task_of
 
 
@@ -107,5 +107,8 @@ def _pass(
 
 def graphed(engine: Engine, cfg: RunConfig, ranks: Ranks) -> GraphedPasses:
     """This engine's passes as CUDA graphs."""
-    run: Pass = lambda widths, inputs: _pass(engine, widths, inputs, cfg, last=False)[0]  # noqa: E731
+
+    def run(widths: LayerWidths, inputs: Any) -> Loss:
+        return _pass(engine, widths, inputs, cfg, last=False)[0]
+
     return GraphedPasses(run, ranks.agree_any)

@@ -280,8 +280,7 @@ def main(cfg: RunConfig) -> int:
                 raise RankError(f"rank {ranks.rank}: {'; '.join(lost)}: lost ({error})") from error
             raise
         finally:
-            if engine.graphs is not None:
-                engine.graphs.clear()  # NCCL does not close while graphs hold its collectives
+            engine.close()
             run.watchdog.stop()
             run.saver.close()
             loader.close()

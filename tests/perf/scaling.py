@@ -147,8 +147,7 @@ def measure(cfg: RunConfig, steps: int) -> Row:
     row["tokens_per_s_per_device"] = cfg.data.tokens_per_step / row["step_s"] / ranks.world_size
     if ranks.device.type == "cuda":
         row["collectives"] = collective_seconds(lambda: take_step(engine, cfg, batches))
-    if engine.graphs is not None:
-        engine.graphs.clear()  # NCCL does not close while graphs hold its collectives
+    engine.close()
     close_ranks()
     return row
 

@@ -30,11 +30,17 @@ PROGRAMS = 2 * 132
 
 
 @triton.jit
-def _tile(weight_ptr, stride, row, rows, column, live):
-    """Some rows of a matrix, each whole. Nothing else wants them: what all programs share stays in the cache instead."""
+def _tile(weight_ptr, stride, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows of a matrix, each whole: their numbers, the columns', which of these there are, and the weights.
+
+    Nothing else wants the weights: what all programs share stays in the cache instead.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    live = column < width
     place = row[:, None] * stride + column[None, :]
     mask = (row < rows)[:, None] & live[None, :]
-    return tl.load(weight_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+    return row, column, live, tl.load(weight_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -55,10 +61,7 @@ def _project(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(EARLY)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    live = column < width
-    weight = _tile(weight_ptr, width, row, rows, column, live)
+    row, column, live, weight = _tile(weight_ptr, width, rows, width, ROWS, BLOCK)
     norm = tl.load(norm_ptr + column, mask=live, other=0.0)
     wait_for_last(EARLY)
     weight = _as_float(weight, EARLY)
@@ -78,10 +81,7 @@ def _add_branch(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(EARLY)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    live = column < inner
-    weight = _tile(weight_ptr, weight_stride, row, width, column, live)
+    row, column, live, weight = _tile(weight_ptr, weight_stride, width, inner, ROWS, BLOCK)
     part = tl.arange(0, PARTIALS)
     wait_for_last(EARLY)
     weight = _as_float(weight, EARLY)
