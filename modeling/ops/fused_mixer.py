@@ -121,7 +121,7 @@ class _FusedMixer(torch.autograd.Function):
         x_md, projected_me = exchange.gather_times(x_md, projection)
         projected = projected_me.unflatten(0, (batch, -1))
         _drop(projected, dropping)
-        z, xbc, dt = projected.split([inner, inner + bc, heads], dim=-1)
+        z, xbc, dt, _ = projected.split([inner, inner + bc, heads, _filling(projection, inner, bc, heads)], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
         mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
         squares = None if total is None else total(square_sums(y, z))
@@ -148,8 +148,9 @@ class _FusedMixer(torch.autograd.Function):
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
-        parts = [inner, inner + bc, heads]
-        z, xbc, _ = projected.split(parts, dim=-1)
+        filling = _filling(projection, inner, bc, heads)
+        parts = [inner, inner + bc, heads, filling]
+        z, xbc, _, _ = projected.split(parts, dim=-1)
         if shape.recompute == "inside":
             mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
             normed, _ = gated_norm_forward(
@@ -165,7 +166,8 @@ class _FusedMixer(torch.autograd.Function):
         grad_normed = grad_normed_mi.view_as(normed)
 
         grad_projected = torch.empty_like(projected)
-        grad_z, grad_xbc, grad_dt = grad_projected.split(parts, dim=-1)
+        grad_z, grad_xbc, grad_dt, grad_filling = grad_projected.split(parts, dim=-1)
+        grad_filling.zero_()  # it meets rows of zeros, which a NaN would survive
         dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm))
         grad_y, grad_norm = gated_norm_backward(
             grad_normed, y, z, weights.gated_norm, squares, dots, grad_z, n_channels=shape.n_channels, eps=shape.eps
@@ -189,7 +191,7 @@ class _FusedMixer(torch.autograd.Function):
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
         add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
         add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)
-        grad_bc, grad_in_dt = product(grad_projected_me[:, 2 * inner :].T, x_md).split([bc, heads])
+        grad_bc, grad_in_dt, _ = product(grad_projected_me[:, 2 * inner :].T, x_md).split([bc, heads, filling])
         for total_of, gradient in (
             (sums.in_bc, grad_bc),
             (sums.in_dt, grad_in_dt),
@@ -216,6 +218,11 @@ def _scan(
     states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     y = scan_outputs(mixed, steps, states, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     return mixed, y, states
+
+
+def _filling(projection: Tensor, inner: int, bc: int, heads: int) -> int:
+    """Rows of zeros at the projection's end."""
+    return int(projection.shape[0]) - (2 * inner + bc + heads)
 
 
 def _drop(projected: Tensor, dropping: Dropping | None) -> None:

@@ -45,7 +45,7 @@ def entry_bits(row, second, channel):
 
 @triton.jit
 def _drop_rows(
-    x_ptr, key_ptr, scale_ptr, channel_ptr, n_tokens, width, rows,
+    x_ptr, key_ptr, scale_ptr, channel_ptr, n_tokens, width, channels, rows,
     THRESHOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -54,9 +54,9 @@ def _drop_rows(
     image = row // n_tokens
     first, second = row_words(key_ptr, image, row % n_tokens, live)
     scale = tl.load(scale_ptr + image, mask=live, other=0.0)
-    channel = tl.load(channel_ptr + column, mask=column < width, other=0)
+    channel = tl.load(channel_ptr + column, mask=column < channels, other=0)
     bits = entry_bits(first[:, None], second[:, None], channel[None, :])
-    mask = live[:, None] & (column < width)[None, :]
+    mask = live[:, None] & (column < channels)[None, :]
     place = x_ptr + row[:, None] * width + column[None, :]
     x = tl.load(place, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
     tl.store(place, tl.where(bits >= THRESHOLD, x, 0.0).to(x_ptr.dtype.element_ty), mask=mask)
@@ -65,11 +65,14 @@ def _drop_rows(
 def drop_rows(
     x_mc: Tensor, key_b: Tensor, scale_b: Tensor, channel_c: Tensor, *, threshold: int, n_tokens: int
 ) -> None:
-    """Drop and scale the entries of `x_mc` (contiguous, m from token 0 of image 0 on) in place."""
+    """Drop and scale the entries of `x_mc` (contiguous, m from token 0 of image 0 on) in place.
+
+    Its rows may be longer than `channel_c`, which counts the channels.
+    """
     rows, width = x_mc.shape
-    each = 4
-    grid = (triton.cdiv(rows, each), triton.cdiv(width, BLOCK))
+    channels, each = channel_c.numel(), 4
+    grid = (triton.cdiv(rows, each), triton.cdiv(channels, BLOCK))
     _drop_rows[grid](
-        x_mc, key_b.view(torch.int32), scale_b, channel_c, n_tokens, width, rows,
+        x_mc, key_b.view(torch.int32), scale_b, channel_c, n_tokens, width, channels, rows,
         THRESHOLD=threshold, ROWS=each, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
