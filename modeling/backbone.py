@@ -100,12 +100,14 @@ class Backbone(nn.Module):
 
         `in_place_gradients`: the fused operations add each weight's gradient to its `.grad`, which must exist before
         forward, at the rows that the width uses, within the matrix product: nothing is filled with zeros, rounded or added
-        a second time. For `backward()` alone: torch.autograd.grad would find no gradient there.
+        a second time. For `backward()` alone: torch.autograd.grad would find no gradient there. Gradients of weights that
+        tensor-parallel ranks share stay partial (`tensor_parallel.is_partial`), to be summed once for all passes of a step.
         """
         super().__init__()
         self.held = held or nesting.uniform(cfg.n_heads, cfg.n_layers)
         nesting.check_layer_widths(self.held, cfg.n_heads, cfg.n_layers, 1 if tp is None else tp.size)
-        self.cfg, self.tp, self.dtype, self.recompute = cfg, tp or TensorParallel(), dtype, recompute
+        self.cfg, self.dtype, self.recompute = cfg, dtype, recompute
+        self.tp = replace(tp or TensorParallel(), sums_later=in_place_gradients)
         self.in_place_gradients = in_place_gradients
 
     def make_stack(self) -> None:
@@ -188,7 +190,7 @@ class Backbone(nn.Module):
 
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Initial value of the parameter `name` of logical `shape`, float32 on the CPU."""
-        if layout_of(name) is Layout.REPLICATED:
+        if layout_of(name) is Layout.BETWEEN:
             return torch.zeros(shape) if name.endswith("_bias") else torch.ones(shape)
         return initial_values(name.rpartition(".")[2], shape, self.cfg, generator)
 

@@ -4,11 +4,14 @@
 |---|---|---|
 | in_z, in_x, in_dt rows; conv_x; A_log, D, dt_bias; norm     | by head, strided (HEAD_ROWS)    | local                  |
 | out columns                                                 | by head, strided (HEAD_COLUMNS) | local                  |
-| in_bc, conv_bc: B and C, one group that feeds every head    | replicated (SHARED)             | partial: summed over tp, once, on the weight |
+| in_bc, conv_bc: B and C, one group that feeds every head    | replicated (SHARED)             | partial: summed over tp, once |
 | embedding, which is also the head                           | by vocabulary (VOCAB_ROWS)      | local                  |
-| norms of the residual stream                                | replicated (REPLICATED)         | identical on each rank; with sequence parallelism partial: summed over tp |
-| vision: patch embedding, positions, class token             | replicated (REPLICATED)         | as the norms'          |
+| norms of the residual stream                                | replicated (BETWEEN)            | identical on each rank; with sequence parallelism partial: summed over tp, once |
+| vision: patch embedding, positions, class token             | replicated (BETWEEN)            | as the norms'          |
 | vision: head                                                | replicated (REPLICATED)         | identical on each rank: all classify the same features |
+
+Partial gradients are summed where backward reaches the weight, or with `sums_later` by whoever takes the step, once for
+all its passes (`is_partial` says which).
 
 With sequence parallelism each rank holds its share of a micro-batch's tokens between the mixers, so that norms, additions
 and what they keep for backward are done once and not tp times: the all-reduce after a mixer becomes a reduce-scatter, and
@@ -55,6 +58,7 @@ class Layout(Enum):
     HEAD_COLUMNS = "head_columns"
     VOCAB_ROWS = "vocab_rows"
     SHARED = "shared"
+    BETWEEN = "between"
     REPLICATED = "replicated"
 
     @property
@@ -78,14 +82,14 @@ LAYOUTS = {
     "gated_norm": Layout.HEAD_ROWS,
     "out": Layout.HEAD_COLUMNS,
     "embedding": Layout.VOCAB_ROWS,
-    "norm": Layout.REPLICATED,
-    "norm_bias": Layout.REPLICATED,
-    "final_norm": Layout.REPLICATED,
-    "final_norm_bias": Layout.REPLICATED,
-    "patch": Layout.REPLICATED,
-    "patch_bias": Layout.REPLICATED,
-    "positions": Layout.REPLICATED,
-    "cls": Layout.REPLICATED,
+    "norm": Layout.BETWEEN,
+    "norm_bias": Layout.BETWEEN,
+    "final_norm": Layout.BETWEEN,
+    "final_norm_bias": Layout.BETWEEN,
+    "patch": Layout.BETWEEN,
+    "patch_bias": Layout.BETWEEN,
+    "positions": Layout.BETWEEN,
+    "cls": Layout.BETWEEN,
     "head": Layout.REPLICATED,
     "head_bias": Layout.REPLICATED,
 }
@@ -95,6 +99,12 @@ LAYOUTS = {
 def layout_of(name: str) -> Layout:
     """The layout of the parameter with this full name ("blocks.3.mixer.in_z")."""
     return LAYOUTS[name.rpartition(".")[2]]
+
+
+def is_partial(name: str, *, sequence: bool) -> bool:
+    """Whether each of several tensor-parallel ranks has but a part of the gradient of the parameter with this full name."""
+    layout = layout_of(name)
+    return layout is Layout.SHARED or (sequence and layout is Layout.BETWEEN)
 
 
 class Pending(NamedTuple):
@@ -126,6 +136,8 @@ class TensorParallel:
     """Their process group; None only where size is 1."""
     sequence: bool = False
     """Sequence parallelism: between mixers this rank holds only its share of the tokens."""
+    sums_later: bool = False
+    """Gradients of weights that ranks share are left partial in backward: whoever takes the step sums them."""
 
     def enter(self, x: Tensor) -> Tensor:
         """Into a sharded layer: all tokens (dim 0) on every rank; the ranks' gradients are summed backward."""
@@ -189,8 +201,8 @@ class TensorParallel:
         return Pending(grad_md, dist.all_reduce(grad_md, group=self.group, async_op=True))
 
     def share(self, weight: Tensor) -> Tensor:
-        """A replicated weight that each rank uses for its own heads: its partial gradients are summed over tp here, once."""
-        return weight if self.size == 1 else copy_to_tensor_model_parallel_region(weight, self.group)
+        """A replicated weight that each rank uses for its own heads: its partial gradients are summed over tp, here or later."""
+        return weight if self.size == 1 or self.sums_later else copy_to_tensor_model_parallel_region(weight, self.group)
 
     def replicate(self, weight: Tensor) -> Tensor:
         """A replicated weight that works on the tokens between mixers: which are this rank's own under sequence parallelism."""

@@ -14,6 +14,7 @@ from modeling.config import LanguageConfig, VisionConfig
 from modeling.flops import local_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from pretrain.config import RunConfig
+from pretrain.gradients import padded
 
 FLOAT = 4
 BUCKET_ELEMENTS = 500_000_000
@@ -65,7 +66,6 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
     tokens, layers, d = cfg.tokens_per_pass, model.n_layers, model.d_model
     activation = tokens * d * compute_bytes
     again = 2 if cfg.parallel.activation_checkpointing == "block" else 1
-    bc = 2 * model.d_state
     text = isinstance(model, LanguageConfig)
     head = 1 if text else 0  # a classifier's is on every rank, and its input is entered by none
 
@@ -73,13 +73,11 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
         return Collective(what, operation, "tp", count, count * passes, n_bytes)
 
     if cfg.parallel.sequence:
-        norms = (layers + 1) * (2 if model.residual_norm == "layer" else 1)
         rows = [
             of_a_pass("inputs of mixers" + ", head" * head, "all-gather", again * layers + 1, activation),
             of_a_pass("their gradients", "reduce-scatter", layers + head, activation),
             of_a_pass("outputs of mixers", "reduce-scatter", layers, activation),
             of_a_pass("their gradients", "all-gather", layers, activation),
-            of_a_pass("gradients of norms", "all-reduce", norms, d * FLOAT),
         ]
         if text:
             rows.append(of_a_pass("embedded tokens, split", "reduce-scatter", 1, tokens * d * FLOAT))
@@ -93,11 +91,34 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
             rows.append(of_a_pass("embedded tokens", "all-reduce", 1, tokens * d * FLOAT))
     rows += [
         of_a_pass("gated norm, forward and backward", "all-reduce", (again + 1) * layers, tokens * FLOAT),
-        of_a_pass("gradient of B/C projections", "all-reduce", layers, bc * d * FLOAT),
-        of_a_pass("gradient of B/C taps", "all-reduce", layers, bc * model.d_conv * FLOAT),
-        of_a_pass("gradient of B/C taps' bias", "all-reduce", layers, bc * FLOAT),
     ]
-    return rows + (_vocabulary(tokens, of_a_pass) if text else _patches(cfg, of_a_pass))
+    if text:
+        rows += _vocabulary(tokens, of_a_pass)
+    shared = _shared_weights(cfg)
+    if cfg.parallel.keeps_gradients:
+        n_bytes = sum(count * padded(n) for _, count, n in shared) * FLOAT
+        return [*rows, Collective("gradients that ranks share", "all-reduce", "tp", 0, 1, n_bytes)]
+    return rows + [of_a_pass(what, "all-reduce", count, n * FLOAT) for what, count, n in shared]
+
+
+def _shared_weights(cfg: RunConfig) -> list[tuple[str, int, int]]:
+    """Of the weights whose gradients are partial over tp (tensor_parallel.is_partial): what, how many, numbers in each."""
+    model, sequence = cfg.model, cfg.parallel.sequence
+    layers, d, bc = model.n_layers, model.d_model, 2 * model.d_state
+    found = [
+        ("gradient of B/C projections", layers, bc * d),
+        ("gradient of B/C taps", layers, bc * model.d_conv),
+        ("gradient of B/C taps' bias", layers, bc),
+    ]
+    if sequence:
+        found.append(("gradients of norms", (layers + 1) * (2 if model.residual_norm == "layer" else 1), d))
+    if sequence and isinstance(model, VisionConfig):
+        found += [
+            ("gradient of patches", 1, 3 * model.patch_size**2 * d),
+            ("gradient of positions", 1, model.n_tokens(model.image_size, model.image_size) * d),
+            ("gradients of patches' bias, class token", 2 if model.pool == "cls" else 1, d),
+        ]
+    return found
 
 
 def _vocabulary(tokens: int, of_a_pass: Callable[[str, str, int, int], Collective]) -> list[Collective]:
@@ -109,21 +130,6 @@ def _vocabulary(tokens: int, of_a_pass: Callable[[str, str, int, int], Collectiv
             rows.append(of_a_pass("largest logits", "all-reduce", pieces, size * FLOAT))
             rows.append(of_a_pass("sums and targets' logits", "all-reduce", pieces, 2 * size * FLOAT))
     return rows
-
-
-def _patches(cfg: RunConfig, of_a_pass: Callable[[str, str, int, int], Collective]) -> list[Collective]:
-    """The gradients of a classifier's embeddings, of which each rank has its tokens' share under sequence parallelism."""
-    model = cfg.model
-    assert isinstance(model, VisionConfig)
-    if not cfg.parallel.sequence:
-        return []
-    row = model.d_model * FLOAT
-    positions = model.n_tokens(model.image_size, model.image_size)
-    return [
-        of_a_pass("gradient of patches", "all-reduce", 1, 3 * model.patch_size**2 * row),
-        of_a_pass("gradient of positions", "all-reduce", 1, positions * row),
-        of_a_pass("gradients of patches' bias, class token", "all-reduce", 2 if model.pool == "cls" else 1, row),
-    ]
 
 
 def _over_dp(cfg: RunConfig, world_size: int, tp: int) -> list[Collective]:

@@ -31,7 +31,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from modeling.backbone import Backbone
 from modeling.checkpoint_reader import EMA, KINDS
-from modeling.tensor_parallel import layout_of
+from modeling.tensor_parallel import is_partial, layout_of
 from pretrain.config import RunConfig
 from pretrain.distributed import Mpu, Ranks
 from pretrain.gradients import GradientBuffer
@@ -87,6 +87,7 @@ class Engine:
         if self._ema_decay:
             self._ema = {name: part.master.detach().clone() for name, part in self._fragments()}
         self._dp_group = ranks.dp_group
+        self._tp = model.tp
         self.gradients: GradientBuffer | None = None
         if cfg.parallel.keeps_gradients:
             assert not self.optimizer._grad_acc_hooks, "managed_gradient_accumulation=false leaves gradients to us"
@@ -96,7 +97,8 @@ class Engine:
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is not None:
                     mapping.lp_fragment = mapping.lp_fragment.detach()
-            self.gradients = GradientBuffer(self.parameters.values())
+            partial = [p for name, p in self.parameters.items() if is_partial(name, sequence=self._tp.sequence)]
+            self.gradients = GradientBuffer(self.parameters.values(), first=partial)
         self.graphs: GraphedPasses | None = None
         """The passes as CUDA graphs, where the run has them."""
         self._captured_at = self._addresses()
@@ -125,6 +127,8 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.gradients is not None and self._tp.size > 1 and self._tp.sums_later:
+            dist.all_reduce(self.gradients.leading, group=self._tp.group)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if self._ema and math.isfinite(norm):

@@ -59,7 +59,12 @@ def batch_of(cfg: RunConfig) -> Batch | ImageBatch:
 
 def calls_of_a_step(cfg: RunConfig) -> Calls:
     ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
-    model = build_model(cfg.model, tp=ranks.tp, recompute=cfg.parallel.activation_checkpointing)
+    model = build_model(
+        cfg.model,
+        tp=ranks.tp,
+        recompute=cfg.parallel.activation_checkpointing,
+        in_place_gradients=cfg.parallel.keeps_gradients,
+    )
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)
     widths = step_widths(cfg.model, cfg.nesting, cfg.loss_weights, cfg.seed, 0)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
 from modeling.models import logical_shapes
-from modeling.tensor_parallel import TensorParallel, layout_of, local_index, local_part
+from modeling.tensor_parallel import TensorParallel, is_partial, layout_of, local_index, local_part
 from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict
 from pretrain.distributed import Ranks, init_ranks
@@ -115,7 +115,7 @@ def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
                 engine.backward(loss.total / (n_mine * len(all_widths)), last=last)
                 step_losses[i] += loss.cross_entropy.detach() / n_mine
         if step == 0:
-            gradients = {name: reduced_gradient(p, engine, ranks) for name, p in model.named_parameters()}
+            gradients = {name: reduced_gradient(name, p, engine, ranks) for name, p in model.named_parameters()}
         norms.append(engine.step(learning_rate(step, cfg.optim)))
         torch.distributed.all_reduce(step_losses, group=ranks.dp_group)
         losses.append((step_losses / ranks.dp_size).tolist())
@@ -129,13 +129,15 @@ def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def reduced_gradient(parameter: torch.nn.Parameter, engine: Engine, ranks: Ranks) -> Tensor:
-    """The step's gradient over all replicas. Under ZeRO 1 DeepSpeed takes the mean inside `step`, whose norm and update are
-    compared too; what it is given is averaged here."""
+def reduced_gradient(name: str, parameter: torch.nn.Parameter, engine: Engine, ranks: Ranks) -> Tensor:
+    """The step's gradient over all ranks. Under ZeRO 1 `step` itself sums over tp what is partial and DeepSpeed takes the
+    mean over dp; both are done here to what they are given, and `step`'s norm and update are compared too."""
     if engine.gradients is None:
         return safe_get_full_grad(parameter).clone()
     assert parameter.grad is not None
     gradient = parameter.grad.clone()
+    if ranks.tp.size > 1 and is_partial(name, sequence=ranks.tp.sequence):
+        torch.distributed.all_reduce(gradient, group=ranks.tp.group)
     torch.distributed.all_reduce(gradient, group=ranks.dp_group)
     return gradient / ranks.dp_size
 
@@ -202,15 +204,31 @@ def _reduced_twice(self: TensorParallel, weight: Tensor) -> Tensor:
     return self.enter(self.enter(weight))
 
 
+def _reduced_at_once(self: TensorParallel, weight: Tensor) -> Tensor:
+    return self.enter(weight)
+
+
 @pytest.mark.parametrize(
-    ("method", "mutation"),
-    [("share", _not_reduced), ("share", _reduced_twice), ("total", _not_reduced), ("leave", _not_reduced)],
-    ids=["B/C gradient not reduced", "B/C gradient reduced twice", "norm not reduced", "output not reduced"],
+    ("stage", "method", "mutation"),
+    [
+        (2, "share", _not_reduced),
+        (2, "share", _reduced_twice),
+        (1, "share", _reduced_at_once),
+        (1, "total", _not_reduced),
+        (1, "leave", _not_reduced),
+    ],
+    ids=[
+        "B/C gradient not reduced",
+        "B/C gradient reduced twice",
+        "B/C gradient reduced at once and later",
+        "norm not reduced",
+        "output not reduced",
+    ],
 )
-def test_a_wrong_collective_is_noticed(method: str, mutation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_collective_is_noticed(stage: int, method: str, mutation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorParallel, method, mutation)
     with pytest.raises((AssertionError, RankFailedError), match="relative error"):
-        compare(small_run(parallel={"tensor": 2}), 2)
+        compare(small_run(parallel={"tensor": 2, "zero_stage": stage}), 2)
 
 
 def test_a_norm_whose_gradient_is_not_reduced_under_sequence_parallelism_is_noticed(
@@ -218,7 +236,15 @@ def test_a_norm_whose_gradient_is_not_reduced_under_sequence_parallelism_is_noti
 ) -> None:
     monkeypatch.setattr(TensorParallel, "replicate", _not_reduced)
     with pytest.raises((AssertionError, RankFailedError), match="relative error"):
-        compare(small_run(parallel={"tensor": 2, "sequence": True}), 2)
+        compare(small_run(parallel={"tensor": 2, "sequence": True, "zero_stage": 2}), 2)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["B/C", "norms"])
+def test_a_partial_gradient_that_no_step_sums_is_noticed(sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = (lambda name, sequence: is_partial(name, sequence=False)) if sequence else (lambda name, sequence: False)
+    monkeypatch.setattr("pretrain.engine.is_partial", left_out)
+    with pytest.raises((AssertionError, RankFailedError), match="relative error"):
+        compare(small_run(parallel={"tensor": 2, "sequence": sequence}), 2)
 
 
 def test_initial_weights_do_not_depend_on_the_layout() -> None:

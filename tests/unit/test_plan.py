@@ -142,7 +142,7 @@ def test_the_dry_run_prints_memory_and_collectives(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     cfg = config("1b4", "parallel.tensor=2")
     assert f"{estimate(cfg, 32).total / GIB:.2f}" in printed
-    for expected in ("outputs of mixers", "gradient of B/C projections", "updated parameters"):
+    for expected in ("outputs of mixers", "gradients that ranks share", "updated parameters"):
         assert expected in printed
     assert main(["--dry-run", path, "--world-size", "0"]) == 2
     assert "0 ranks: there must be at least one" in capsys.readouterr().err
