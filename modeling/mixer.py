@@ -129,7 +129,7 @@ class Mixer(nn.Module):
             tp.enter(x_md) if self.sends_apart else x_md,
             MixerWeights(*weights),
             shape,
-            TensorParallel() if self.sends_apart else tp,
+            TensorParallel() if self.sends_apart else tp.beside,
             batch=batch,
             seq_idx_bt=seq_idx_bt,
             total=total,

@@ -17,9 +17,10 @@ With sequence parallelism each rank holds its share of a micro-batch's tokens be
 and what they keep for backward are done once and not tp times: the all-reduce after a mixer becomes a reduce-scatter, and
 an all-gather before the next one. Tokens are flattened (batch, then time), so any micro-batch whose tokens tp divides fits.
 
-What a mixer sends runs beside its matrix products on a GPU (`gather_times`, `times_leave`, `start_sum`): its inputs come in
-while this rank's own tokens are multiplied, its outputs go out in halves, and its input's gradient is summed while those of
-the weights are computed. The last is Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication.
+What a mixer sends runs beside its matrix products on a GPU (`gather_times`, `times_leave`, `start_times_sum`): its inputs
+come in while this rank's own tokens are multiplied, its outputs go out in halves, and its input's gradient is summed while
+those of the weights are computed. The last is Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication. Here they are
+collectives; modeling/peer_exchange.py does the same with copies between GPUs that see each other's memory.
 
 `tp = 1` runs the same code; a collective over one rank is the identity, inside the collective.
 """
@@ -138,6 +139,13 @@ class TensorParallel:
     """Sequence parallelism: between mixers this rank holds only its share of the tokens."""
     sums_later: bool = False
     """Gradients of weights that ranks share are left partial in backward: whoever takes the step sums them."""
+    peers: Any = None
+    """A modeling.peer_exchange.PeerExchange, where the ranks write into each other's memory."""
+
+    @property
+    def beside(self) -> Any:
+        """What has `gather_times`, `times_leave` and `start_times_sum`: copies between peers, or these collectives."""
+        return self.peers or self
 
     def enter(self, x: Tensor) -> Tensor:
         """Into a sharded layer: all tokens (dim 0) on every rank; the ranks' gradients are summed backward."""
@@ -176,9 +184,9 @@ class TensorParallel:
         """
         if self.size == 1:
             return x_mi @ weight_di.T
-        n, d = _tokens_each(x_mi, self) if self.sequence else x_mi.shape[0], weight_di.shape[0]
+        n, d = tokens_each(x_mi, self.size) if self.sequence else x_mi.shape[0], weight_di.shape[0]
         total_md, sent = x_mi.new_empty(n, d), []
-        for rows in _halves(n):
+        for rows in halves(n):
             if self.sequence:
                 part = x_mi.new_empty(self.size, rows.stop - rows.start, d)
                 for rank in range(self.size):
@@ -192,8 +200,9 @@ class TensorParallel:
             half.wait()
         return total_md
 
-    def start_sum(self, grad_md: Tensor) -> Pending:
-        """Start what `enter` does to its result's gradient, contiguous `grad_md`, which is not to be touched any more."""
+    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Pending:
+        """Start what `enter` does to its result's gradient, which is `grad_me` times `weight_ed`. Outside autograd."""
+        grad_md = grad_me @ weight_ed
         if self.size == 1:
             return Pending(grad_md, None)
         if self.sequence:
@@ -293,26 +302,27 @@ def _gather(x: Tensor, tp: TensorParallel, *, beside: bool = False) -> Pending:
 def _scatter(x: Tensor, tp: TensorParallel, *, beside: bool = False) -> Pending:
     """This rank's tokens of the ranks' sum. `beside` as for `_gather`."""
     x = x.contiguous()
-    part = x.new_empty(_tokens_each(x, tp), *x.shape[1:])
+    part = x.new_empty(tokens_each(x, tp.size), *x.shape[1:])
     return Pending(part, dist.reduce_scatter_tensor(part, x, group=tp.group, async_op=beside), x)
 
 
 def _share(x: Tensor, tp: TensorParallel) -> Tensor:
-    n = _tokens_each(x, tp)
+    n = tokens_each(x, tp.size)
     return x[tp.rank * n : (tp.rank + 1) * n]
 
 
-def _tokens_each(x: Tensor, tp: TensorParallel) -> int:
-    if x.shape[0] % tp.size:
+def tokens_each(x: Tensor, tp: int) -> int:
+    """Tokens (dim 0) that each of `tp` ranks goes on with. Raises ValueError where they do not divide."""
+    if x.shape[0] % tp:
         raise ValueError(
-            f"sequence parallelism: {x.shape[0]} tokens (batch x time) do not divide into tp={tp.size} parts: choose "
-            "another micro-batch or length, or parallel.sequence=false"
+            f"sequence parallelism: {x.shape[0]} tokens (batch x time) do not divide into tp={tp} parts: choose another "
+            "micro-batch or length, or parallel.sequence=false"
         )
-    return x.shape[0] // tp.size
+    return x.shape[0] // tp
 
 
-def _halves(n_tokens: int) -> list[slice]:
-    """Rows of the two halves that are sent apart; all in one where a half would not be worth a collective of its own."""
+def halves(n_tokens: int) -> list[slice]:
+    """Rows of the two halves that are sent apart; all in one where a half would not be worth a message of its own."""
     if n_tokens < LEAST_SPLIT:
         return [slice(0, n_tokens)]
     return [slice(0, n_tokens // 2), slice(n_tokens // 2, n_tokens)]

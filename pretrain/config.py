@@ -151,6 +151,9 @@ class ParallelConfig:
     """Tensor-parallel ranks; must divide every trained width's head count."""
     sequence: bool = False
     """Between mixers, split the tokens over the tensor-parallel ranks instead of keeping all of them on each."""
+    peer_copies: Literal["auto", "never"] = "auto"
+    """How mixers send under sequence parallelism. auto: with copies from GPU to GPU where they are of one host, whose copy
+    engines leave the multiprocessors to the products beside them; else, and with never: with collectives."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage. 1 shards the optimizer's state over data-parallel ranks; 2 gradients too."""
     activation_checkpointing: Literal["none", "states", "selective", "block"] = "none"

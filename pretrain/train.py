@@ -32,6 +32,7 @@ from pretrain.metrics import MetricsWriter, Record, StepMeter
 from pretrain.objective import add_gradients, graphed, step_widths
 from pretrain.optim import learning_rate
 from pretrain.passes import why_launched
+from pretrain.peers import with_peer_copies
 from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
@@ -225,6 +226,7 @@ def main(cfg: RunConfig) -> int:
     _set_up_logging(ranks)
     _check_same_config(cfg, ranks)
     cfg.grad_accum_steps(ranks.world_size)  # raises where a step does not divide
+    ranks = with_peer_copies(ranks, cfg.parallel)
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))
     preflight(cfg, ranks)

@@ -77,13 +77,14 @@ class Sent(Protocol):
 
 
 class Exchange(Protocol):
-    """What is sent between the ranks that share the heads, beside which product: modeling.tensor_parallel.TensorParallel."""
+    """What is sent between the ranks that share the heads, beside which product: modeling.tensor_parallel.TensorParallel, or
+    modeling.peer_exchange.PeerExchange."""
 
     def gather_times(self, x_md: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor: ...
 
-    def start_sum(self, grad_md: Tensor) -> Sent: ...
+    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Sent: ...
 
 
 Dropping = tuple[Drop, Tensor]
@@ -187,7 +188,7 @@ class _FusedMixer(torch.autograd.Function):
         grad_conv, grad_conv_bias = conv_backward(grad_mixed, xbc, _taps(weights), seq_idx, grad_xbc)
         _drop(grad_projected, ctx.dropping)
         grad_projected_me = grad_projected.flatten(0, 1)
-        grad_x = ctx.exchange.start_sum(grad_projected_me @ projection)
+        grad_x = ctx.exchange.start_times_sum(grad_projected_me, projection)
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
         add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
         add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)

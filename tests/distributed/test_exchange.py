@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from modeling import tensor_parallel
+from modeling import peer_exchange, tensor_parallel
+from modeling.peer_exchange import PeerExchange
 from modeling.tensor_parallel import TensorParallel
 from pretrain.distributed import init_ranks
 from tests.distributed.harness import RankFailedError, run_ranks
@@ -33,10 +40,50 @@ def one_after_another(tp: TensorParallel, x: Tensor, into: Tensor, out: Tensor, 
 
 def beside_products(tp: TensorParallel, x: Tensor, into: Tensor, out: Tensor, grad: Tensor) -> list[Tensor]:
     """The same in the order in which the fused mixer does it."""
-    entered, between = tp.gather_times(x, into)
-    left = tp.times_leave(between, out)
-    _, grad_between = tp.gather_times(grad, out.T)
-    return [entered, between, left, tp.start_sum(grad_between @ into).wait()]
+    beside = tp.beside
+    entered, between = beside.gather_times(x, into)
+    left = beside.times_leave(between, out)
+    _, grad_between = beside.gather_times(grad, out.T)
+    return [entered, between, left, beside.start_times_sum(grad_between, into).wait()]
+
+
+class FileMail:
+    """Trays in files that all ranks map: a letter overwrites the last one as soon as it is sent, read or not."""
+
+    def __init__(self, tp: TensorParallel, folder: Path) -> None:
+        self.size, self.rank, self.group = tp.size, tp.rank, tp.group
+        self.trays = [
+            torch.from_file(str(folder / str(rank)), True, ROOM, dtype=torch.float64) for rank in range(tp.size)
+        ]
+        self.sending: list[dist.Work] = []
+        self.postponed: list[Callable[[], object]] = []
+
+    def place(self, owner: int, tray: int, sender: int, like: Tensor) -> Tensor:
+        start = (tray * self.size + sender) * TOKENS * MODEL
+        return self.trays[owner][start : start + like.numel()].view_as(like)
+
+    def send(self, tray: int, to: int, x: Tensor) -> None:
+        self.place(to, tray, self.rank, x).copy_(x)
+        self.sending.append(dist.isend(torch.zeros(1), to, group=self.group, tag=tray))  # type: ignore[arg-type]
+
+    def receive(self, tray: int, sender: int, like: Tensor) -> Tensor:
+        dist.recv(torch.zeros(1), sender, group=self.group, tag=tray)
+        return self.place(self.rank, tray, sender, like)
+
+    def aside(self, work: Callable[[], object]) -> None:
+        self.postponed.append(work)
+
+    def finish(self) -> None:
+        time.sleep(random.Random(f"{self.rank}:{len(self.sending)}").random() / 200)  # ranks take their time
+        for work in self.postponed:
+            work()
+        for handle in self.sending:
+            handle.wait()
+        self.postponed.clear()
+        self.sending.clear()
+
+
+ROOM = len(peer_exchange.TRAYS) * 4 * TOKENS * MODEL
 
 
 def compare_exchanges(tensor: int, sequence: bool, split: int) -> None:
@@ -63,12 +110,45 @@ def test_sending_beside_products_changes_nothing(tensor: int, sequence: bool, sp
     run_ranks(tensor, compare_exchanges, tensor, sequence, split)
 
 
+def compare_copies(tensor: int, split: int, folder: Path, rounds: int = 8) -> None:
+    """Round after round through the same trays, of other numbers each time."""
+    tensor_parallel.LEAST_SPLIT = split
+    tp = init_ranks(tensor, sequence=True).tp
+    tp = replace(tp, peers=PeerExchange(FileMail(tp, folder)))
+    n = TOKENS // tensor
+    for turn in range(rounds):
+        rows = slice(tp.rank * n, (tp.rank + 1) * n)
+        x, grad = randn(100 * turn, TOKENS, MODEL)[rows], randn(100 * turn + 1, TOKENS, MODEL)[rows]
+        into, out = randn(100 * turn + 2 + tp.rank, INNER, MODEL), randn(100 * turn + 9 + tp.rank, MODEL, INNER)
+        found = beside_products(tp, x, into, out, grad)
+        expected = one_after_another(tp, x, into, out, grad)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", [2, 10**6], ids=["in halves", "at once"])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_writing_into_each_others_memory_changes_nothing(tensor: int, split: int, tmp_path: Path) -> None:
+    run_ranks(tensor, compare_copies, tensor, split, tmp_path)
+
+
+def _compare_in_one_tray(folder: Path) -> None:
+    peer_exchange.SUMMED = peer_exchange.GATHERED
+    compare_copies(2, 10**6, folder, rounds=40)
+
+
+def test_trays_that_are_not_filled_in_turns_are_noticed(tmp_path: Path) -> None:
+    """Where what is summed shares the tray of what is gathered, a letter is overwritten before it was read."""
+    with pytest.raises(RankFailedError, match="not close"):
+        run_ranks(2, _compare_in_one_tray, tmp_path)
+
+
 def _halves_that_leave_out_the_last(n_tokens: int) -> list[slice]:
     return [slice(0, n_tokens // 2), slice(n_tokens // 2, n_tokens - 1)]
 
 
 def _compare_with_wrong_halves(sequence: bool) -> None:
-    tensor_parallel._halves = _halves_that_leave_out_the_last
+    tensor_parallel.halves = _halves_that_leave_out_the_last
     tensor_parallel.torch.Tensor.new_empty = _new_poisoned  # type: ignore[method-assign, assignment]
     compare_exchanges(2, sequence, 2)
 

@@ -94,8 +94,8 @@ class TwinRank(TensorParallel):
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
         return x_mi @ weight_di.T
 
-    def start_sum(self, grad_md: Tensor) -> Pending:
-        return Pending(grad_md, None)
+    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Pending:
+        return Pending(grad_me @ weight_ed, None)
 
 
 def fused(mixer: Mixer, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None) -> Tensor:

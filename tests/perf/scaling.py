@@ -37,6 +37,7 @@ from pretrain.engine import Engine
 from pretrain.hardware import compute_dtype, device_name
 from pretrain.objective import add_gradients, graphed, step_widths
 from pretrain.passes import why_launched
+from pretrain.peers import with_peer_copies
 from pretrain.plan import GPUS, MEASURED_ON, NVLINK_GB_S, Cluster, predict
 from pretrain.provenance import git_commit, versions
 
@@ -109,7 +110,7 @@ def covered(start: float, end: float, spans: list[tuple[float, float]]) -> float
 
 def measure(cfg: RunConfig, steps: int) -> Row:
     """One layout, on this rank; every rank of the job calls. Rank 0's row counts."""
-    ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
+    ranks = with_peer_copies(init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence), cfg.parallel)
     with torch.device("meta"):
         model = LanguageModel(
             cfg.model,

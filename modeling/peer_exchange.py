@@ -1,0 +1,114 @@
+"""What a mixer sends beside its matrix products, written straight into the other ranks' memory (sequence parallelism).
+
+Collectives run on the multiprocessors that the product beside them needs, so that hiding one slows the other down. Between
+the GPUs of one host the copy engines can do it instead: a rank writes into a tray of the other rank's memory, and a signal
+says that it has. Sums of outputs, and of the input's gradient, are made by the product itself: the others' tokens are
+multiplied first and sent off, and this rank's own product is added to what arrives, in the product's accumulator.
+
+Letters: m tokens of all ranks, n those of one, d model, e channels of the projection, i inner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from modeling.tensor_parallel import halves, tokens_each
+
+GATHERED, SUMMED, SUMMED_LATER = range(3)
+"""The trays: for what is gathered, and for the two halves of what is summed.
+
+Mixers fill them in turns, forward and backward: something to gather, then something to sum. So a tray is free again when its
+turn comes: what arrived in the other one since was sent by a rank that was done with this one, and nobody has to say so.
+"""
+TRAYS = (GATHERED, SUMMED, SUMMED_LATER)
+
+
+class Mail(Protocol):
+    """A tray for each kind of letter and each sender. All is in order with what runs on this stream."""
+
+    size: int
+    rank: int
+
+    def send(self, tray: int, to: int, x: Tensor) -> None:
+        """Start to write contiguous `x` into the tray of rank `to`; x must stay as it is until `finish`."""
+
+    def receive(self, tray: int, sender: int, like: Tensor) -> Tensor:
+        """What `sender` wrote: of the shape and dtype of `like`. Valid until the tray's next turn."""
+
+    def aside(self, work: Callable[[], object]) -> None:
+        """Do `work` after what is on this stream by now, beside what follows."""
+
+    def finish(self) -> None:
+        """What follows on this stream is after all that was sent or done aside."""
+
+
+class Arriving(NamedTuple):
+    """A sum under way."""
+
+    add_own: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        """This rank's tokens of the sum."""
+        return self.add_own()
+
+
+class PeerExchange:
+    """The three exchanges of a fused mixer, of which every rank holds n of the m tokens. All ranks must call alike."""
+
+    def __init__(self, mail: Mail) -> None:
+        self._mail = mail
+        self._others = [(mail.rank + step) % mail.size for step in range(1, mail.size)]
+
+    def gather_times(self, x_nd: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]:
+        """All ranks' tokens (m d), and their product with `weight_ed` transposed (m e). Outside autograd."""
+        mail, x_nd = self._mail, x_nd.contiguous()
+        for other in self._others:
+            mail.send(GATHERED, other, x_nd)
+        whole = x_nd.new_empty(mail.size, *x_nd.shape)
+        product = x_nd.new_empty(mail.size, x_nd.shape[0], weight_ed.shape[0])
+        mail.aside(partial(whole[mail.rank].copy_, x_nd))
+        torch.mm(x_nd, weight_ed.T, out=product[mail.rank])
+        for sender in reversed(self._others):  # who sent to this rank first
+            arrived = mail.receive(GATHERED, sender, x_nd)
+            mail.aside(partial(whole[sender].copy_, arrived))
+            torch.mm(arrived, weight_ed.T, out=product[sender])
+        mail.finish()
+        return whole.flatten(0, 1), product.flatten(0, 1)
+
+    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
+        """This rank's tokens of the ranks' sum of x times `weight_di` transposed (n d). Outside autograd."""
+        return self._sum_products(x_mi, weight_di.T, halves(tokens_each(x_mi, self._mail.size))).wait()
+
+    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Arriving:
+        """Start to sum the gradient by `gather_times`' tokens, `grad_me` times `weight_ed`; ends with this rank's (n d).
+
+        Nothing else may be exchanged before it is waited for.
+        """
+        return self._sum_products(grad_me, weight_ed, [slice(0, tokens_each(grad_me, self._mail.size))])
+
+    def _sum_products(self, x_mk: Tensor, weight_kd: Tensor, parts: Sequence[slice]) -> Arriving:
+        """Send x @ weight of the other ranks' tokens; what is returned adds this rank's own product to theirs."""
+        mail, x_rnk = self._mail, x_mk.unflatten(0, (self._mail.size, -1))
+        sent = []
+        for tray, rows in zip((SUMMED, SUMMED_LATER), parts, strict=False):
+            for other in self._others:
+                sent.append(x_rnk[other][rows] @ weight_kd)
+                mail.send(tray, other, sent[-1])
+
+        def add_own() -> Tensor:
+            total_nd = x_mk.new_empty(x_rnk.shape[1], weight_kd.shape[1])
+            for tray, rows in zip((SUMMED, SUMMED_LATER), parts, strict=False):
+                first, *more = (mail.receive(tray, sender, total_nd[rows]) for sender in reversed(self._others))
+                torch.addmm(first, x_rnk[mail.rank][rows], weight_kd, out=total_nd[rows])
+                for arrived in more:
+                    total_nd[rows] += arrived
+            mail.finish()
+            sent.clear()
+            return total_nd
+
+        return Arriving(add_own)
