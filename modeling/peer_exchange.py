@@ -2,10 +2,9 @@
 
 Collectives run on the multiprocessors that the product beside them needs, so that hiding one slows the other down. Between
 the GPUs of one host the copy engines can do it instead: a rank writes into a tray of the other rank's memory, and a signal
-says that it has. Sums of outputs, and of the input's gradient, are made by the product itself: the others' tokens are
-multiplied first and sent off, and this rank's own product is added to what arrives, in the product's accumulator.
+says that it has. What is sent goes off first, and this rank's own share of the products is done while it is under way.
 
-Letters: m tokens of all ranks, n those of one, d model, e channels of the projection, i inner.
+Letters: m tokens of all ranks, n those of one, r ranks, d model, e channels of the projection, i inner, k either.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from modeling.ops.products import add_product
 from modeling.tensor_parallel import halves, tokens_each
 
 GATHERED, SUMMED, SUMMED_LATER = range(3)
@@ -50,15 +50,15 @@ class Mail(Protocol):
 class Arriving(NamedTuple):
     """A sum under way."""
 
-    add_own: Callable[[], Tensor]
+    add_others: Callable[[], Tensor]
 
     def wait(self) -> Tensor:
         """This rank's tokens of the sum."""
-        return self.add_own()
+        return self.add_others()
 
 
 class PeerExchange:
-    """The three exchanges of a fused mixer, of which every rank holds n of the m tokens. All ranks must call alike."""
+    """The exchanges of a fused mixer, of which every rank holds n of the m tokens. All ranks must call alike."""
 
     def __init__(self, mail: Mail) -> None:
         self._mail = mail
@@ -80,6 +80,23 @@ class PeerExchange:
         mail.finish()
         return whole.flatten(0, 1), product.flatten(0, 1)
 
+    def gather_times_adding(self, grad_nd: Tensor, weight_ed: Tensor, total_dk: Tensor, x_mk: Tensor) -> Tensor:
+        """All ranks' `grad_nd` times `weight_ed` transposed (m e); adds its transposed times `x_mk` to `total_dk` (float32)."""
+        mail, grad_nd, x_rnk = self._mail, grad_nd.contiguous(), x_mk.unflatten(0, (self._mail.size, -1))
+        for other in self._others:
+            mail.send(GATHERED, other, grad_nd)
+        product = grad_nd.new_empty(mail.size, grad_nd.shape[0], weight_ed.shape[0])
+
+        def multiply(grad_nd: Tensor, rank: int) -> None:
+            torch.mm(grad_nd, weight_ed.T, out=product[rank])
+            add_product(total_dk, grad_nd.T, x_rnk[rank])
+
+        multiply(grad_nd, mail.rank)
+        for sender in reversed(self._others):
+            multiply(mail.receive(GATHERED, sender, grad_nd), sender)
+        mail.finish()
+        return product.flatten(0, 1)
+
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
         """This rank's tokens of the ranks' sum of x times `weight_di` transposed (n d). Outside autograd."""
         return self._sum_products(x_mi, weight_di.T, halves(tokens_each(x_mi, self._mail.size))).wait()
@@ -92,23 +109,21 @@ class PeerExchange:
         return self._sum_products(grad_me, weight_ed, [slice(0, tokens_each(grad_me, self._mail.size))])
 
     def _sum_products(self, x_mk: Tensor, weight_kd: Tensor, parts: Sequence[slice]) -> Arriving:
-        """Send x @ weight of the other ranks' tokens; what is returned adds this rank's own product to theirs."""
+        """Send x @ weight of the other ranks' tokens, and multiply this rank's own; what is returned adds up what arrives."""
         mail, x_rnk = self._mail, x_mk.unflatten(0, (self._mail.size, -1))
         sent = []
         for tray, rows in zip((SUMMED, SUMMED_LATER), parts, strict=False):
             for other in self._others:
                 sent.append(x_rnk[other][rows] @ weight_kd)
                 mail.send(tray, other, sent[-1])
+        total_nd = x_rnk[mail.rank] @ weight_kd
 
-        def add_own() -> Tensor:
-            total_nd = x_mk.new_empty(x_rnk.shape[1], weight_kd.shape[1])
+        def add_others() -> Tensor:
             for tray, rows in zip((SUMMED, SUMMED_LATER), parts, strict=False):
-                first, *more = (mail.receive(tray, sender, total_nd[rows]) for sender in reversed(self._others))
-                torch.addmm(first, x_rnk[mail.rank][rows], weight_kd, out=total_nd[rows])
-                for arrived in more:
-                    total_nd[rows] += arrived
+                for sender in reversed(self._others):
+                    total_nd[rows] += mail.receive(tray, sender, total_nd[rows])
             mail.finish()
             sent.clear()
             return total_nd
 
-        return Arriving(add_own)
+        return Arriving(add_others)

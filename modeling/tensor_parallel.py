@@ -17,10 +17,10 @@ With sequence parallelism each rank holds its share of a micro-batch's tokens be
 and what they keep for backward are done once and not tp times: the all-reduce after a mixer becomes a reduce-scatter, and
 an all-gather before the next one. Tokens are flattened (batch, then time), so any micro-batch whose tokens tp divides fits.
 
-What a mixer sends runs beside its matrix products on a GPU (`gather_times`, `times_leave`, `start_times_sum`): its inputs
-come in while this rank's own tokens are multiplied, its outputs go out in halves, and its input's gradient is summed while
-those of the weights are computed. The last is Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication. Here they are
-collectives; modeling/peer_exchange.py does the same with copies between GPUs that see each other's memory.
+What a mixer sends runs beside its matrix products on a GPU (`beside`): its inputs come in while this rank's own tokens are
+multiplied, its outputs go out in halves, and its input's gradient is summed while those of the weights are computed. The
+last is Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication. Here they are collectives; modeling/peer_exchange.py
+does the same with copies between GPUs that see each other's memory.
 
 `tp = 1` runs the same code; a collective over one rank is the identity, inside the collective.
 """
@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling import nesting
+from modeling.ops.products import add_product
 
 with warnings.catch_warnings():
     # On import megatron-core warns, four times, of optional libraries that nothing here uses.
@@ -144,7 +145,7 @@ class TensorParallel:
 
     @property
     def beside(self) -> Any:
-        """What has `gather_times`, `times_leave` and `start_times_sum`: copies between peers, or these collectives."""
+        """What has `gather_times`, `gather_times_adding`, `times_leave` and `start_times_sum`: copies between peers, or these."""
         return self.peers or self
 
     def enter(self, x: Tensor) -> Tensor:
@@ -176,6 +177,12 @@ class TensorParallel:
             if rows.stop > rows.start:
                 torch.mm(whole_md[rows], weight_ed.T, out=product_me[rows])
         return whole_md, product_me
+
+    def gather_times_adding(self, grad_md: Tensor, weight_ed: Tensor, total_dk: Tensor, x_mk: Tensor) -> Tensor:
+        """`gather_times`' product alone (m e); adds the gathered tokens transposed times `x_mk` to `total_dk` (float32)."""
+        grad_md, product_me = self.gather_times(grad_md, weight_ed)
+        add_product(total_dk, grad_md.T, x_mk)
+        return product_me
 
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
         """`leave` of the product of `x_mi` with `weight_di` transposed. Outside autograd.

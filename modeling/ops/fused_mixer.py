@@ -82,6 +82,8 @@ class Exchange(Protocol):
 
     def gather_times(self, x_md: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def gather_times_adding(self, grad_md: Tensor, weight_ed: Tensor, total_dk: Tensor, x_mk: Tensor) -> Tensor: ...
+
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor: ...
 
     def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Sent: ...
@@ -162,9 +164,9 @@ class _FusedMixer(torch.autograd.Function):
         sums = MixerWeights(
             *(torch.zeros_like(w) if held is None else held for w, held in zip(weights, ctx.sums, strict=True))
         )
-        grad_md, grad_normed_mi = ctx.exchange.gather_times(grad, out_weight.T)
-        add_product(sums.out[:, :inner], grad_md.T, normed.flatten(0, 1))
-        grad_normed = grad_normed_mi.view_as(normed)
+        grad_normed = ctx.exchange.gather_times_adding(
+            grad, out_weight.T, sums.out[:, :inner], normed.flatten(0, 1)
+        ).view_as(normed)
 
         grad_projected = torch.empty_like(projected)
         grad_z, grad_xbc, grad_dt, grad_filling = grad_projected.split(parts, dim=-1)

@@ -32,10 +32,12 @@ def one_after_another(tp: TensorParallel, x: Tensor, into: Tensor, out: Tensor, 
     leaf = x.clone().requires_grad_()
     entered = tp.enter(leaf)
     between = entered @ into.T
+    out = out.clone().requires_grad_()
     left = tp.leave(between @ out.T)
     (left * grad).sum().backward()
     assert leaf.grad is not None
-    return [entered.detach(), between.detach(), left.detach(), leaf.grad]
+    assert out.grad is not None
+    return [entered.detach(), between.detach(), left.detach(), leaf.grad, out.grad]
 
 
 def beside_products(tp: TensorParallel, x: Tensor, into: Tensor, out: Tensor, grad: Tensor) -> list[Tensor]:
@@ -43,8 +45,9 @@ def beside_products(tp: TensorParallel, x: Tensor, into: Tensor, out: Tensor, gr
     beside = tp.beside
     entered, between = beside.gather_times(x, into)
     left = beside.times_leave(between, out)
-    _, grad_between = beside.gather_times(grad, out.T)
-    return [entered, between, left, beside.start_times_sum(grad_between, into).wait()]
+    grad_out = torch.zeros_like(out)
+    grad_between = beside.gather_times_adding(grad, out.T, grad_out, between)
+    return [entered, between, left, beside.start_times_sum(grad_between, into).wait(), grad_out]
 
 
 class FileMail:
