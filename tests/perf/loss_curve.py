@@ -3,7 +3,7 @@
     python -m tests.perf.loss_curve configs/lm_130m.yaml data.path=SHARDS data.tokens_per_step=8192 data.micro_batch=8 \\
         --steps 500 --folder /tmp/curves --out docs/benchmarks/loss_curve.json --plot docs/images/loss_curve.png
 
-Three runs of the trainer: our kernels, the plain path (plain PyTorch, scan included, launched operation by operation) with
+Three runs of the trainer: our kernels, the plain path (plain PyTorch, scan included, its operations in CUDA graphs) with
 the same seed, and our kernels with another seed. The kernels round elsewhere than the plain path does, so the
 curves drift apart as any two roundings do; they must stay much closer than two seeds. The record has every step's losses.
 """
@@ -79,7 +79,7 @@ def start(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> sub
     overrides = [*args.overrides, f"run_dir={folder}", f"seed={seed}", f"optim.steps={args.steps}"]
     overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
     # Short chunks: the plain scan holds a chunk x chunk matrix a head.
-    overrides += ["cuda_graphs=never", "model.chunk_size=64"] if plain else []
+    overrides += ["model.chunk_size=64"] if plain else []
     worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
     worker += ["--at-once"] if args.at_once else []
     print(f"{name}: {args.steps} steps", flush=True)
