@@ -18,7 +18,7 @@ from modeling.backbone import Backbone
 from modeling.checkpoint_reader import RunState
 from modeling.models import build_model
 from modeling.nesting import width_name
-from modeling.ops.kernels import why_not
+from modeling.ops.kernels import launches, why_not
 from modeling.ops.upstream import chunk_scan
 from pretrain import resume, retention
 from pretrain.checkpoint import checkpoint_dir
@@ -236,6 +236,7 @@ def main(cfg: RunConfig) -> int:
         _be_deterministic()
 
     dtype = compute_dtype(cfg, ranks.device)
+    mixer = ranks.attempt(lambda: _mixer_path(cfg, ranks.device, dtype), (ValueError,))
     with torch.device("meta"):
         model = build_model(
             cfg.model,
@@ -257,7 +258,7 @@ def main(cfg: RunConfig) -> int:
     if launched is None:
         engine.graphs = graphed(engine, cfg, ranks)
     passes = "passes: CUDA graphs" if launched is None else f"passes: launched kernel by kernel ({launched})"
-    logger.info("%s; %s; %s; %s", meter.peak_source, _mixer_path(cfg, ranks.device, dtype), passes, f"{dtype} compute")
+    logger.info("%s; %s; %s; %s", meter.peak_source, mixer, passes, f"{dtype} compute")
     with TrainingProgress(start_step=state.step, n_steps=cfg.optim.steps, enabled=ranks.is_main) as progress:
         run = Run(
             cfg=cfg,
@@ -300,7 +301,7 @@ def _is_broken_link(error: RuntimeError) -> bool:
 def _mixer_path(cfg: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
     why = why_not(device, dtype, cfg.model.headdim, cfg.model.d_state, cfg.model.d_conv)
     if why is None:
-        return "mixer: fused Triton kernels"
+        return f"mixer: fused Triton kernels, {launches.origin()}"
     scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"
     return f"mixer: {scan} ({why})"
 

@@ -1,22 +1,18 @@
 """Time, bytes, FLOPs and distance to its floor of each kernel of a joint training step, on one GPU.
 
     python -m tests.perf.kernels 130m 1b4 [--layers 4] [--out RECORD.json]
-    python -m tests.perf.kernels 130m 1b4 --sweep
     python -m tests.perf.kernels --plot PICTURE.png --out RECORD.json
 
 Runs the forward and backward passes of all four widths through a few layers of the paper's model at its micro-batch under
 torch's profiler. A kernel's floor is the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it
 must do over the measured rate of an 8192-cubed bfloat16 product: every tensor read or written once, matrix work under the
-causal mask counted by half. `--sweep` times the scan's kernels at other launch settings than `tiles.LAUNCH`; `--plot` draws a record, without a
-GPU.
+causal mask counted by half. `--plot` draws a record, without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -38,41 +34,6 @@ from matplotlib import pyplot as plt
 
 Needs = tuple[float, float]
 """Bytes and FLOPs."""
-
-CANDIDATES: dict[str, list[dict[str, int]]] = {
-    **{
-        kernel: [
-            {"HEADS": heads, "num_warps": warps, "num_stages": stages, **limit}
-            for heads, warps, stages, limit in [
-                (1, 4, 2, {}),
-                (1, 4, 3, {}),
-                (1, 4, 4, {}),
-                (2, 4, 2, {}),
-                (2, 4, 3, {}),
-                (2, 4, 3, {"maxnreg": 128}),
-                (1, 8, 3, {}),
-                (2, 8, 3, {}),
-            ]
-        ]
-        for kernel in ("states", "state_gradients")
-    },
-    **{
-        kernel: [
-            {"num_warps": warps, "num_stages": stages, **limit}
-            for warps, stages, limit in [
-                (4, 2, {}),
-                (4, 3, {}),
-                (4, 4, {}),
-                (4, 2, {"maxnreg": 168}),
-                (4, 3, {"maxnreg": 128}),
-                (4, 2, {"maxnreg": 128}),
-                (8, 3, {}),
-                (8, 3, {"maxnreg": 128}),
-            ]
-        ]
-        for kernel in ("outputs", "inputs_gradients", "group_gradients")
-    },
-}
 
 
 def needs(name: str, level: int) -> dict[str, Needs]:
@@ -164,42 +125,6 @@ def table(name: str, layers: int, steps: int, rate: float, bandwidth: float) -> 
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def _use(columns: int, index: int) -> None:
-    for kernel, choices in CANDIDATES.items():
-        tiles.LAUNCH[kernel][columns] = choices[index]
-
-
-def _compile(name: str, index: int) -> None:
-    """Fill Triton's cache."""
-    _use(max(32, tiles.columns_of(config_of(name).headdim)), index)
-    with contextlib.suppress(Exception):  # a setting that does not launch is reported when it is timed
-        step_of(name, 1)()
-        torch.cuda.synchronize()
-
-
-def sweep(name: str) -> None:
-    """Print each scan kernel's time under each of its candidates, one layer of a joint step, best of three."""
-    columns = max(32, tiles.columns_of(config_of(name).headdim))
-    n_candidates = len(CANDIDATES["states"])
-    workers = [
-        multiprocessing.get_context("spawn").Process(target=_compile, args=(name, i)) for i in range(n_candidates)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for index in range(n_candidates):
-        _use(columns, index)
-        try:
-            run = step_of(name, 1)
-            times = [kernel_seconds(run, 2) for _ in range(3)]
-        except Exception as error:  # out of shared memory or registers: this setting is out
-            print(f"{name} {index}: {str(error)[:200]}", flush=True)
-            continue
-        for kernel, choices in CANDIDATES.items():
-            print(f"{name} {kernel} {choices[index]}: {min(t['_' + kernel] for t in times) * 1e3:.3f} ms", flush=True)
-
-
 def draw(record: dict[str, Any], picture: Path) -> None:
     """Time beside the floor of every kernel of each model, and a roofline of those that multiply matrices."""
     models = list(dict.fromkeys(row["model"] for row in record["rows"]))
@@ -241,7 +166,6 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(SIZES))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -253,10 +177,6 @@ def main() -> None:
         parser.error(f"name models of {', '.join(SIZES)}" + (f", not {', '.join(unknown)}" if unknown else ""))
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU: this benchmark needs one")
-    if args.sweep:
-        for name in args.models:
-            sweep(name)
-        return
     rate, bandwidth = matmul_rate(), copy_bandwidth()
     print(f"product {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 
+from modeling.ops.kernels.launches import settings_of
+
 CHUNK = 64
 """Steps that one tile of the scan covers. Element-wise work a step grows with it, state traffic falls with it; 64 is
 what the matrix units take in one instruction."""
@@ -37,8 +39,8 @@ LAUNCH: dict[str, dict[int, dict[str, int]]] = {
     "group_gradients": {32: {"num_warps": 4, "num_stages": 2}, 64: {"num_warps": 8, "num_stages": 3}},
 }
 """How each kernel is launched, by the width of its tile; HEADS are those that one program walks side by side. Fixed, so that
-no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100
-(`python -m tests.perf.kernels --sweep`)."""
+no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100. Other GPUs search
+theirs with modeling.ops.kernels.tune."""
 PROGRAMS_WANTED = 132 * 16
 """Several waves of an H200's 132 multiprocessors; where there are fewer chunks, heads are shared out over programs."""
 
@@ -53,7 +55,7 @@ def heads_each(heads: int, chunks: int) -> int:
 
 def launch_of(kernel: str, columns: int, dtype: torch.dtype) -> dict[str, int]:
     """What to launch with; float32 tiles are twice as large and leave no room for more stages or a second head."""
-    chosen = LAUNCH[kernel][max(32, columns)]
+    chosen = settings_of(kernel, max(32, columns), LAUNCH)
     if dtype != torch.float32:
         return chosen
     return {"num_warps": 4, "num_stages": 1, **({"HEADS": 1} if "HEADS" in chosen else {})}
