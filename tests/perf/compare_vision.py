@@ -12,7 +12,7 @@ tests/perf/timm_stand_in.py takes its place. Without --reference ours runs alone
 - joint: forward and backward of all four widths on the same images at 224 px, bfloat16, with both dropouts, drop-path and soft
   targets, without optimizer. images/s counts each image once; a median of `--steps` steps after warm-up.
 - resolution: images/s of inference at every width from 224 to 1024 px, against a ViT of as many parameters made of torch's own
-  pieces (scaled_dot_product_attention), which is eager as ours is. Batches hold about as many tokens at every resolution.
+  pieces (scaled_dot_product_attention), both as CUDA graphs. Batches hold about as many tokens at every resolution.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from modeling.config import VisionConfig
 from modeling.convert import to_matmamba_vision
+from modeling.cuda_graph import graphed
 from modeling.flops import forward_flops_per_image, training_flops_per_image
 from modeling.ops.upstream import allow_import_without_cuda_extension
 from modeling.vision import VisionModel
@@ -263,7 +264,7 @@ class Vit(nn.Module):
 
 @torch.no_grad()
 def resolution(name: str, steps: int) -> list[dict[str, Any]]:
-    """Images/s of inference at each resolution, ours at every width and the ViT's."""
+    """Images/s of inference at each resolution, ours at every width and the ViT's, all as CUDA graphs."""
     model, vit = build_ours(name), Vit(*VITS[name]).to("cuda", torch.bfloat16).eval()
     counts = {"parameters": total(model), "vit_parameters": total(vit)}
     rows = []
@@ -272,10 +273,12 @@ def resolution(name: str, steps: int) -> list[dict[str, Any]]:
         images = some_images(max(1, TOKENS // tokens), size)
         positions = torch.zeros(1, tokens, VITS[name][0], device="cuda", dtype=torch.bfloat16)
         row: dict[str, Any] = {"part": "resolution", "model": name, "px": size, "batch": len(images), **counts}
-        row["vit_images_s"] = round(len(images) / seconds(partial(vit, images, positions), steps, 3), 1)
+        run_vit = graphed(partial(vit, positions=positions), [images], [])
+        row["vit_images_s"] = round(len(images) / seconds(partial(run_vit, images), steps, 3), 1)  # type: ignore[arg-type]
         for level in LEVELS:
             widths = model.cfg.layer_widths(model.cfg.n_heads // level)
-            images_s = len(images) / seconds(partial(model, images, widths), steps, 3)
+            run = graphed(partial(model, widths=widths), [images], [])
+            images_s = len(images) / seconds(partial(run, images), steps, 3)  # type: ignore[arg-type]
             row[f"ours_images_s_{width_name(level)}"] = round(images_s, 1)
             row[f"gflop_{width_name(level)}"] = round(forward_flops_per_image(model.cfg, widths, size) / 1e9, 2)
         row["ratio"] = round(row["ours_images_s_1"] / row["vit_images_s"], 3)

@@ -7,8 +7,8 @@ For each number of GPUs and each tensor-parallel size that divides it, torchrun 
 random tokens through the trainer's own engine and objective. weak: each data-parallel replica keeps the configured micro-batch,
 one a step. strong: the step stays that of one replica times the largest data parallelism, shared out. A row has the median
 step, tokens/s a GPU and its share of one GPU's, the loss and gradient norm of the first steps beside one GPU's on the same
-step (strong: the same tokens), the planner's step, and, on GPUs, the time of each collective and how much of it runs while
-something else does. Rows are written as they come. Without GPUs the ranks are CPU processes over gloo: for trying it out.
+step (strong: the same tokens), the planner's step, and, on GPUs, the time of each collective and of copies between GPUs, and
+how much of it runs while something else does. Rows are written as they come. Without GPUs the ranks are CPU processes over gloo: for trying it out.
 """
 
 from __future__ import annotations
@@ -77,8 +77,15 @@ def take_step(engine: Engine, cfg: RunConfig, batches: list[Batch]) -> tuple[tor
     return total, engine.step(1e-4)
 
 
+SENDING = ("nccl", "Memcpy PtoP")
+"""How the names of kernels and copies begin that move data between GPUs."""
+WAITING = "wait_signal"
+"""In the name of the kernel that waits until a copy from another GPU has arrived."""
+
+
 def collective_seconds(work: Any) -> dict[str, dict[str, float]]:
-    """GPU seconds of each NCCL kernel in `work`, and how many of them pass while another kernel runs."""
+    """GPU seconds of each collective and of copies between GPUs in `work`, and how many of them pass while another kernel
+    runs; and those in which a kernel waits for such a copy."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         work()
         torch.cuda.synchronize()
@@ -87,11 +94,12 @@ def collective_seconds(work: Any) -> dict[str, dict[str, float]]:
         for event in recorded.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    others = sorted((start, end) for start, end, name in spans if not name.startswith("nccl"))
+    others = sorted((start, end) for start, end, name in spans if not name.startswith(SENDING) and "signal" not in name)
     found: dict[str, dict[str, float]] = {}
     for start, end, name in spans:
-        if name.startswith("nccl"):
-            row = found.setdefault(name.partition("(")[0], {"seconds": 0.0, "beside_others": 0.0})
+        if name.startswith(SENDING) or WAITING in name:
+            what = WAITING if WAITING in name else name.partition("(")[0].strip()
+            row = found.setdefault(what, {"seconds": 0.0, "beside_others": 0.0})
             row["seconds"] += (end - start) / 1e6
             row["beside_others"] += covered(start, end, others) / 1e6
     return found
