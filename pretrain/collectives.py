@@ -7,6 +7,7 @@ save, a bad loss) are not listed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from modeling.config import LanguageConfig, VisionConfig
 from modeling.flops import local_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from pretrain.config import RunConfig
-from pretrain.gradients import padded
 
 FLOAT = 4
 BUCKET_ELEMENTS = 500_000_000
@@ -95,29 +95,34 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
     if text:
         rows += _vocabulary(tokens, of_a_pass)
     shared = _shared_weights(cfg)
-    if cfg.parallel.keeps_gradients:
-        n_bytes = sum(count * padded(n) for _, count, n in shared) * FLOAT
-        return [*rows, Collective("gradients that ranks share", "all-reduce", "tp", 0, 1, n_bytes)]
-    return rows + [of_a_pass(what, "all-reduce", count, n * FLOAT) for what, count, n in shared]
+    if not cfg.parallel.keeps_gradients:
+        return rows + [of_a_pass(what, "all-reduce", count, math.prod(shape) * FLOAT) for what, count, shape in shared]
+    for what, is_matrix in (("matrices", True), ("vectors", False)):
+        numbers = sum(count * math.prod(shape) for _, count, shape in shared if (len(shape) > 1) is is_matrix)
+        if numbers:
+            rows.append(Collective(f"gradients of shared {what}", "all-reduce", "tp", 0, 1, numbers * FLOAT))
+    return rows
 
 
-def _shared_weights(cfg: RunConfig) -> list[tuple[str, int, int]]:
-    """Of the weights whose gradients are partial over tp (tensor_parallel.is_partial): what, how many, numbers in each."""
+def _shared_weights(cfg: RunConfig) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Of the weights whose gradients are partial over tp (tensor_parallel.is_partial): what, how many, the shape of each."""
     model, sequence = cfg.model, cfg.parallel.sequence
     layers, d, bc = model.n_layers, model.d_model, 2 * model.d_state
-    found = [
-        ("gradient of B/C projections", layers, bc * d),
-        ("gradient of B/C taps", layers, bc * model.d_conv),
-        ("gradient of B/C taps' bias", layers, bc),
+    found: list[tuple[str, int, tuple[int, ...]]] = [
+        ("gradient of B/C projections", layers, (bc, d)),
+        ("gradient of B/C taps", layers, (bc, model.d_conv)),
+        ("gradient of B/C taps' bias", layers, (bc,)),
     ]
     if sequence:
-        found.append(("gradients of norms", (layers + 1) * (2 if model.residual_norm == "layer" else 1), d))
+        found.append(("gradients of norms", (layers + 1) * (2 if model.residual_norm == "layer" else 1), (d,)))
     if sequence and isinstance(model, VisionConfig):
         found += [
-            ("gradient of patches", 1, 3 * model.patch_size**2 * d),
-            ("gradient of positions", 1, model.n_tokens(model.image_size, model.image_size) * d),
-            ("gradients of patches' bias, class token", 2 if model.pool == "cls" else 1, d),
+            ("gradient of patches", 1, (d, 3 * model.patch_size**2)),
+            ("gradient of positions", 1, (model.n_tokens(model.image_size, model.image_size), d)),
+            ("gradient of patches' bias", 1, (d,)),
         ]
+        if model.pool == "cls":
+            found.append(("gradient of the class token", 1, (1, d)))
     return found
 
 
@@ -134,10 +139,17 @@ def _vocabulary(tokens: int, of_a_pass: Callable[[str, str, int, int], Collectiv
 
 def _over_dp(cfg: RunConfig, world_size: int, tp: int) -> list[Collective]:
     parameters = local_parameters(cfg.model, tp)
-    buckets = -(-parameters // BUCKET_ELEMENTS)
+    if cfg.parallel.keeps_gradients:
+        # Two calls of each, for the matrices and, a thousandth of that, the vectors.
+        return [
+            Collective("gradients", "reduce-scatter", "dp", 0, 1, parameters * FLOAT),
+            Collective("updated parameters", "all-gather", "dp", 0, 1, parameters * FLOAT),
+        ]
     # Stage 2 keeps a shard of the gradients alone, so that each backward has to reduce its own.
-    times = passes_per_step(cfg, world_size) if cfg.parallel.zero_stage > 1 else 1
-    per_pass = buckets if times > 1 else 0
-    reduced = Collective("gradients", "all-reduce", "dp", per_pass, buckets * times, parameters * FLOAT // buckets)
-    gathered = Collective("updated parameters", "all-gather", "dp", 0, buckets, parameters * FLOAT // buckets)
-    return [reduced, gathered]
+    buckets = -(-parameters // BUCKET_ELEMENTS)
+    passes = passes_per_step(cfg, world_size)
+    n_bytes = parameters * FLOAT // buckets
+    return [
+        Collective("gradients", "all-reduce", "dp", buckets, buckets * passes, n_bytes),
+        Collective("updated parameters", "all-gather", "dp", 0, buckets, n_bytes),
+    ]

@@ -108,7 +108,6 @@ def _memory_table(cfg: RunConfig, world_size: int) -> Table:
         "optimizer state": memory.optimizer,
         "activations": memory.activations,
         "transient": memory.transient,
-        "update": memory.update,
         "total": memory.total,
     }
     for name in parts:

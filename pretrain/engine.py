@@ -2,11 +2,12 @@
 
 Parameters are float32 and the model casts them where they are used, so DeepSpeed runs in float32 too: gradients of all
 widths and micro-batches accumulate in float32, and A_log, dt_bias, D and norms never see a narrower type. ZeRO shards
-the optimizer's master copy and moments over data parallelism.
+the optimizer's state over data parallelism.
 
-Under ZeRO 1 gradients add up in one buffer that lives as long as the run, and DeepSpeed gets them once a step: backward is
-torch's own, so that matrix products can add straight into it (Backbone's in_place_gradients) and passes can be CUDA
-graphs, which know memory by its address. Under ZeRO 2 DeepSpeed's hooks take each backward's gradients away to shard them.
+Under ZeRO 1 gradients add up in buffers that live as long as the run: backward is torch's own, so that matrix products can
+add straight into them (Backbone's in_place_gradients) and passes can be CUDA graphs, which know memory by its address, and
+the step is pretrain/flat_update.py's, on DeepSpeed's groups and state. Under ZeRO 2 DeepSpeed's hooks take each backward's
+gradients away to shard them, and its own step ends it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from modeling.checkpoint_reader import EMA, KINDS
 from modeling.tensor_parallel import is_partial, layout_of
 from pretrain.config import RunConfig
 from pretrain.distributed import Mpu, Ranks
+from pretrain.flat_update import FlatUpdate, alias_masters
 from pretrain.gradients import GradientBuffer
 from pretrain.optim import parameter_groups
 from pretrain.passes import GraphedPasses
@@ -66,7 +68,7 @@ class Engine:
             # DeepSpeed counts a parameter in the gradient norm on tp rank 0 alone unless it is marked as sharded.
             parameter.tensor_model_parallel = layout_of(name).is_sharded  # type: ignore[attr-defined]
         optimizer = torch.optim.AdamW(
-            parameter_groups(model.named_parameters(), cfg.optim),
+            parameter_groups(_partial_first(model), cfg.optim),
             lr=cfg.optim.lr,
             betas=cfg.optim.betas,
             eps=cfg.optim.eps,
@@ -81,13 +83,15 @@ class Engine:
         )
         self.model: Any = model
         self.parameters = dict(model.named_parameters())
+        if cfg.parallel.keeps_gradients:
+            alias_masters(self.optimizer)
         self._make_optimizer_state()
         self._ema_decay = cfg.optim.ema_decay
         self._ema: dict[str, Tensor] = {}
         if self._ema_decay:
             self._ema = {name: part.master.detach().clone() for name, part in self._fragments()}
         self._dp_group = ranks.dp_group
-        self._tp = model.tp
+        self._update: FlatUpdate | None = None
         self.gradients: GradientBuffer | None = None
         if cfg.parallel.keeps_gradients:
             assert not self.optimizer._grad_acc_hooks, "managed_gradient_accumulation=false leaves gradients to us"
@@ -97,8 +101,8 @@ class Engine:
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is not None:
                     mapping.lp_fragment = mapping.lp_fragment.detach()
-            partial = [p for name, p in self.parameters.items() if is_partial(name, sequence=self._tp.sequence)]
-            self.gradients = GradientBuffer(self.parameters.values(), first=partial)
+            self._update = FlatUpdate(self.optimizer, self.parameters, model.tp, ranks.dp_group, cfg.optim.clip_norm)
+            self.gradients = self._update.gradients
         self.graphs: GraphedPasses | None = None
         """The passes as CUDA graphs, where the run has them."""
         self._captured_at = self._addresses()
@@ -123,22 +127,21 @@ class Engine:
     def step(self, lr: float) -> float:
         """Reduce, clip, update at rate `lr`, clear gradients. Returns the gradient norm before clipping, over all ranks.
 
-        Where the norm is not finite DeepSpeed leaves every rank's parameters and state as they were; inf is returned.
+        Where the norm is not finite every rank's parameters and state stay as they were; inf is returned.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.gradients is not None and self._tp.size > 1 and self._tp.sums_later:
-            dist.all_reduce(self.gradients.leading, group=self._tp.group)
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        if self._update is not None:
+            norm = self._update.step()
+        else:
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
         if self._ema and math.isfinite(norm):
             self._move_average()
         if self.gradients is not None:
             self.gradients.clear()
         if self.graphs is not None and self._addresses() != self._captured_at:
-            raise RuntimeError(
-                "DeepSpeed's step moved parameters, and CUDA graphs know them by address: cuda_graphs=never"
-            )
+            raise RuntimeError("the step moved parameters, and CUDA graphs know them by address: cuda_graphs=never")
         return float(norm)
 
     def close(self) -> None:
@@ -241,6 +244,11 @@ class Engine:
                 state["exp_avg"] = torch.zeros_like(partition)
                 state["exp_avg_sq"] = torch.zeros_like(partition)
         self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _partial_first(model: Backbone) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters whose gradients are partial over tp, then all others: so the former lie together in each group."""
+    return sorted(model.named_parameters(), key=lambda item: not is_partial(item[0], sequence=model.tp.sequence))
 
 
 def deepspeed_config(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.flops import local_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from modeling.nesting import local_heads
 from pretrain.config import RunConfig
-from pretrain.passes import why_launched
 
 FLOAT, BF16 = 4, 2
 SCAN_CHUNK = 64
@@ -34,18 +31,16 @@ class Memory:
     gradients: int
     """float32, whole until ZeRO reduces them."""
     optimizer: int
-    """Master copy, two moments and where it is kept the moving average of this rank's ZeRO shard."""
+    """Two moments and where it is kept the moving average of this rank's ZeRO shard; under ZeRO 2 a master copy too."""
     activations: int
     """Kept from forward for backward."""
     transient: int
-    """Alive for a moment at the peak: the loss's logits, a block's gradients, or the update's flat gradients."""
-    update: int
-    """The update's flat gradients again, where CUDA graphs keep the memory of the passes from it."""
+    """Alive for a moment at the peak: the loss's logits, a block's gradients, or under ZeRO 2 the update's flat gradients."""
 
     @property
     def total(self) -> int:
         """The peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient + self.update
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
 
 
 def estimate(cfg: RunConfig, world_size: int) -> Memory:
@@ -66,15 +61,13 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     activations = cfg.model.n_layers * kept + between * cfg.model.d_model * FLOAT
     weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
     in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)
-    in_update = shard * FLOAT
-    graphs = why_launched(cfg, torch.device("cuda")) is None
+    copies = 0 if cfg.parallel.keeps_gradients else 1
     return Memory(
         parameters=parameters * FLOAT,
         gradients=parameters * FLOAT,
-        optimizer=(4 if cfg.optim.ema_decay else 3) * shard * FLOAT,
+        optimizer=(2 + copies + bool(cfg.optim.ema_decay)) * shard * FLOAT,
         activations=activations,
-        transient=in_backward if graphs else max(in_backward, in_update - activations),
-        update=in_update if graphs else 0,
+        transient=max(in_backward, copies * shard * FLOAT - activations),
     )
 
 

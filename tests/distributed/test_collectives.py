@@ -118,7 +118,9 @@ def compare(cfg: RunConfig, world_size: int) -> None:
             continue  # DeepSpeed calls collectives over a group of one rank too: nothing is sent
         reduced = {key: n for key, n in made.items() if key[:2] == ("all-reduce", "dp") and key[2] > 4}
         assert reduced == {key: n for key, n in listed.items() if key[:2] == ("all-reduce", "dp")}
-        # One all-gather for each of the two parameter groups, each filled up to a multiple of what ZeRO aligns to.
-        gathered = sum(key[2] * n for key, n in made.items() if key[:2] == ("all-gather", "dp"))
-        expected = sum(key[2] * n for key, n in listed.items() if key[:2] == ("all-gather", "dp"))
-        assert expected <= gathered <= expected + 2 * 4 * world_size * 4
+        # One call for each of the two parameter groups, each filled up to a multiple of what ZeRO aligns to.
+        for operation in ("all-gather", "reduce-scatter"):
+            sent = sum(key[2] * n for key, n in made.items() if key[:2] == (operation, "dp"))
+            expected = sum(key[2] * n for key, n in listed.items() if key[:2] == (operation, "dp"))
+            assert expected <= sent <= expected + 2 * 4 * world_size * 4, operation
+            assert (expected > 0) is (operation == "all-gather" or cfg.parallel.keeps_gradients)

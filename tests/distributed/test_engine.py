@@ -60,18 +60,63 @@ def moved_parameters_are_noticed(cfg: RunConfig) -> str:
     engine = engine_after_a_step(cfg)
     engine.graphs = object()  # type: ignore[assignment]
     a_step(engine, cfg)
-    moved, step = engine.parameters["embedding"], engine.engine.step
+    assert engine._update is not None
+    moved, step = engine.parameters["embedding"], engine._update.step
 
-    def a_step_that_moves() -> None:
-        step()
+    def a_step_that_moves() -> float:
+        norm = step()
         moved.data = moved.data.clone()
+        return norm
 
-    engine.engine.step = a_step_that_moves
+    engine._update.step = a_step_that_moves  # type: ignore[method-assign]
     try:
         a_step(engine, cfg)
     except RuntimeError as error:
         return str(error)
     return "nothing"
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    parts = {name: engine.fragment(name) for name in engine.parameters}
+    kept = {f"{name} {kind}": getattr(part, kind) for name, part in parts.items() if part for kind in engine.kinds}
+    return {name: tensor.detach().clone() for name, tensor in (engine.parameters | kept).items()}
+
+
+def what_a_bad_step_changed(cfg: RunConfig, rank: int) -> tuple[float, list[str]]:
+    """A NaN in one gradient of one rank."""
+    engine = engine_after_a_step(cfg)
+    before = state_of(engine)
+    if torch.distributed.get_rank() == rank:
+        assert engine.parameters["embedding"].grad is not None
+        engine.parameters["embedding"].grad[3, 2] = torch.nan
+    norm = engine.step(1e-3)
+    assert engine.parameters["embedding"].grad is not None
+    assert not engine.parameters["embedding"].grad.any(), "cleared for the next step"
+    return norm, [name for name, tensor in state_of(engine).items() if not torch.equal(tensor, before[name])]
+
+
+def masters_that_are_no_parameters(cfg: RunConfig) -> list[str]:
+    engine = engine_after_a_step(cfg)
+    wrong = []
+    for name, parameter in engine.parameters.items():
+        part = engine.fragment(name)
+        if part is not None and part.master.data_ptr() != parameter.data_ptr() + 4 * part.start:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_step_with_a_norm_that_is_not_finite_changes_nothing_on_any_rank(world_size: int, tmp_path: Path) -> None:
+    cfg = run_config(tmp_path / "no dataset is read", tmp_path / "run")
+    for norm, changed in run_ranks(world_size, what_a_bad_step_changed, cfg, world_size - 1):
+        assert norm == torch.inf
+        assert changed == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_float32_parameters_have_no_second_copy(world_size: int, tmp_path: Path) -> None:
+    cfg = run_config(tmp_path / "no dataset is read", tmp_path / "run")
+    assert run_ranks(world_size, masters_that_are_no_parameters, cfg) == [[]] * world_size
 
 
 def test_no_gradient_accumulator_outlives_its_pass(tmp_path: Path) -> None:
