@@ -5,7 +5,8 @@
 
 For each number of GPUs and each tensor-parallel size that divides it, torchrun starts ranks that take steps on the same
 random tokens through the trainer's own engine and objective. weak: each data-parallel replica keeps the configured micro-batch,
-one a step. strong: the step stays that of one replica times the largest data parallelism, shared out. A row has the median
+one a step. strong: the step stays that of one replica times the largest data parallelism, shared out. A launch of ranks
+measures both, strong first. A row has the median
 step, tokens/s a GPU and its share of one GPU's, the loss and gradient norm of the first steps beside one GPU's on the same
 step (strong: the same tokens), the planner's step, and, on GPUs, the time of each collective and of copies between GPUs, and
 how much of it runs while something else does. Rows are written as they come. Without GPUs the ranks are CPU processes over gloo: for trying it out.
@@ -116,8 +117,12 @@ def covered(start: float, end: float, spans: list[tuple[float, float]]) -> float
     return total
 
 
-def measure(cfg: RunConfig, steps: int) -> Row:
-    """One layout, on this rank; every rank of the job calls. Rank 0's row counts."""
+def measure(layouts: dict[str, RunConfig], steps: int) -> list[Row]:
+    """One layout's steps of each scaling, by its name, on this rank; every rank of the job calls. Rank 0's rows count.
+
+    The configs differ in data.tokens_per_step alone.
+    """
+    cfg = next(iter(layouts.values()))
     ranks = with_peer_copies(init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence), cfg.parallel)
     with torch.device("meta"):
         model = LanguageModel(
@@ -132,6 +137,13 @@ def measure(cfg: RunConfig, steps: int) -> Row:
     engine = Engine(model, cfg, ranks)
     if why_launched(cfg, ranks.device) is None:
         engine.graphs = graphed(engine, cfg, ranks)
+    rows = [{"scaling": scaling, **_steps(engine, laid, ranks, steps)} for scaling, laid in layouts.items()]
+    engine.close()
+    close_ranks()
+    return rows
+
+
+def _steps(engine: Engine, cfg: RunConfig, ranks: Ranks, steps: int) -> Row:
     losses, norms, taken = [], [], []
     for step in range(max(WARM_UP, COMPARED) + steps):
         batches = tokens_of(cfg, ranks, step)
@@ -155,9 +167,8 @@ def measure(cfg: RunConfig, steps: int) -> Row:
     }
     row["tokens_per_s_per_device"] = cfg.data.tokens_per_step / row["step_s"] / ranks.world_size
     if ranks.device.type == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["collectives"] = collective_seconds(lambda: take_step(engine, cfg, batches))
-    engine.close()
-    close_ranks()
     return row
 
 
@@ -181,11 +192,12 @@ def beside(row: Row, cfg: RunConfig, baseline: Row | None, args: argparse.Namesp
     return row
 
 
-def launch(cfg: RunConfig, world_size: int, steps: int) -> Row:
+def launch(layouts: dict[str, RunConfig], world_size: int, steps: int) -> list[Row]:
     """`measure` on `world_size` ranks of this machine. Raises RuntimeError with what they said where one fails."""
     with tempfile.TemporaryDirectory() as folder:
-        work, out = Path(folder) / "work.json", Path(folder) / "row.json"
-        work.write_text(json.dumps({"config": config_to_plain(cfg), "steps": steps, "out": str(out)}))
+        work, out = Path(folder) / "work.json", Path(folder) / "rows.json"
+        plain = {scaling: config_to_plain(cfg) for scaling, cfg in layouts.items()}
+        work.write_text(json.dumps({"layouts": plain, "steps": steps, "out": str(out)}))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
         command += ["-m", "tests.perf.scaling", "--worker", str(work)]
         environment = {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
@@ -194,16 +206,17 @@ def launch(cfg: RunConfig, world_size: int, steps: int) -> Row:
             # What the ranks said stands before what torchrun says of them.
             said = done.stderr.partition("ChildFailedError")[0]
             raise RuntimeError(f"{world_size} ranks failed: {said[-6000:]}")
-        row: Row = json.loads(out.read_text())
-        return row
+        rows: list[Row] = json.loads(out.read_text())
+        return rows
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         asked = json.loads(Path(sys.argv[2]).read_text())
-        row = measure(config_from_dict(asked["config"]), asked["steps"])
+        layouts = {scaling: config_from_dict(plain) for scaling, plain in asked["layouts"].items()}
+        found = measure(layouts, asked["steps"])
         if os.environ["RANK"] == "0":
-            Path(asked["out"]).write_text(json.dumps(row))
+            Path(asked["out"]).write_text(json.dumps(found))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
@@ -217,22 +230,25 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     cfg = load_config(args.config, ["run_dir=unused", "data.path=unused", *args.overrides])
     rows: list[Row] = []
-    for scaling in args.scaling:
-        baseline = None
-        for world_size in sorted(args.gpus):
-            for tensor in [tp for tp in args.tensor if world_size % tp == 0]:
+    baselines: dict[str, Row] = {}
+    for world_size in sorted(args.gpus):
+        for tensor in [tp for tp in args.tensor if world_size % tp == 0]:
+            layouts = {}
+            for scaling in sorted(
+                args.scaling
+            ):  # strong first: weights as they began, and one step's tokens everywhere
                 try:
-                    laid = layout(cfg, world_size, tensor, scaling, max(args.gpus))
+                    layouts[scaling] = layout(cfg, world_size, tensor, scaling, max(args.gpus))
                 except ConfigError as error:
                     print(f"{scaling}, {world_size} ranks, tp {tensor}: left out: {error}", flush=True)
-                    continue
-                row = beside(launch(laid, world_size, args.steps), laid, baseline, args)
-                baseline = baseline or row
-                rows.append({"scaling": scaling, **row})
+            for row in launch(layouts, world_size, args.steps) if layouts else []:
+                scaling = row["scaling"]
+                rows.append(beside(row, layouts[scaling], baselines.get(scaling), args))
+                baselines.setdefault(scaling, row)
                 print(json.dumps(rows[-1]), flush=True)
-                if args.output:
-                    about = {"config": args.config, "overrides": args.overrides, "commit": git_commit()}
-                    args.output.write_text(json.dumps({"rows": rows, **about, "versions": versions()}, indent=1) + "\n")
+            if args.output:
+                about = {"config": args.config, "overrides": args.overrides, "commit": git_commit()}
+                args.output.write_text(json.dumps({"rows": rows, **about, "versions": versions()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
