@@ -80,13 +80,14 @@ def decide(
     """Whether to requeue a job whose run just ended with `code`, and why.
 
     `events` ends with this run's end; `step` is that of its newest checkpoint; `restarts` counts the job's earlier
-    requeues; `state` is Slurm's JobState.
+    requeues; `state` is Slurm's JobState, empty where the controller did not answer: that is no reason to stop.
     """
     if code == 0:
         return False, "finished"
     if code == EXIT_MISUSED:
         return False, "misused: mend the command or the config"
-    if state != "RUNNING":
+    # A job that its user cancelled is no longer RUNNING, and must stay cancelled whatever its last exit code was.
+    if state not in ("RUNNING", ""):
         return False, f"the job is {state}: it stays so"
     if restarts >= max_restarts:
         return False, f"stopped after {restarts} restarts (MAX_RESTARTS={max_restarts})"

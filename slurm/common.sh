@@ -149,6 +149,24 @@ forward() {
   if [[ $LAUNCHER == torchrun ]]; then kill -TERM "$pid" 2> /dev/null; else kill "-$1" "$pid" 2> /dev/null; fi
 }
 
+# This job as scontrol knows it. One task of every array has the array's own number for its SLURM_JOB_ID, and that number
+# names all the tasks: it would show, and requeue, every one of them.
+job_name() {
+  local task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  echo "${task:-$SLURM_JOB_ID}"
+}
+
+# Slurm's state of this job; nothing where the controller answers none of five questions in half a minute.
+job_state() {
+  local state wait_s
+  for wait_s in 2 4 8 16 0; do
+    state=$(scontrol show job "$(job_name)" -o | sed -n 's/.* JobState=\([A-Z_]*\) .*/\1/p')
+    [[ -z $state ]] || break
+    sleep "$wait_s"
+  done
+  echo "$state"
+}
+
 # pretrain CONFIG [section.field=value ...]: train, and requeue this job where it should go on.
 pretrain() {
   local config=${CONFIG:-$1}
@@ -166,11 +184,8 @@ pretrain() {
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $config in $run_dir on $SLURM_JOB_NODELIST"
   launch pretrain "${arguments[@]}"
   attend
-  # A job that its user cancelled is no longer RUNNING, and must stay cancelled whatever its last exit code was.
-  local state
-  state=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* JobState=\([A-Z_]*\) .*/\1/p')
-  if alone -m pretrain.restarts end "$run_dir" --code "$rc" --max-restarts "$MAX_RESTARTS" --job-state "$state"; then
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
+  if alone -m pretrain.restarts end "$run_dir" --code "$rc" --max-restarts "$MAX_RESTARTS" --job-state "$(job_state)"; then
+    scontrol requeue "$(job_name)" && exit 0
     echo "error: scontrol requeue failed (was the job submitted with --no-requeue?)" >&2
     exit 75
   fi

@@ -235,6 +235,38 @@ def test_an_interrupted_run_ends_with_the_same_curve(
     assert losses(run_dir) == uninterrupted
 
 
+def test_every_task_of_an_array_requeues_itself(cluster: Cluster, site: Path, tmp_path: Path) -> None:
+    """At the time limit; one of them has the array's own number, which names them all."""
+    config = tmp_path / "tiny.yaml"  # a grid's words are separated by spaces, so a config's path has none
+    shutil.copyfile(site / "tiny run.yaml", config)
+    runs = [site / "array" / name for name in ("first", "second")]
+    (tmp_path / "grid.txt").write_text("".join(f"{run.name} {config} optim.steps=100000\n" for run in runs))
+    settings = {**variables(site, site), "GRID": str(tmp_path / "grid.txt"), "SWEEP_DIR": str(runs[0].parent)}
+    del settings["CONFIG"], settings["RUN_DIR"]
+    array = cluster.sbatch(
+        ROOT / "slurm" / "scaling_sweep.sh",
+        options=["--array=0-1", "--nodes=1"],
+        cwd=site,
+        TMPDIR=str(cluster.scratch),
+        **{**settings, "NODES": "1"},
+    )
+    tasks = [f"{array}_{i}" for i in range(len(runs))]
+    try:
+        wait_for("some steps", lambda: min(map(step_of, runs)) >= 3, 120)
+        assert array in [cluster.job(task)["JobId"] for task in tasks]
+        for task, run in zip(tasks, runs, strict=True):
+            by_time_limit(cluster, task, run)
+        wait_for("the second starts", lambda: all(len(read_events(run)) >= 3 for run in runs), 120)
+        assert [cluster.job(task)["Restarts"] for task in tasks] == ["1", "1"]
+    finally:
+        cluster.run("scancel", array)
+    for run in runs:
+        first, end, second = read_events(run)[:3]
+        assert (end["code"], end["requeue"]) == (75, True)
+        assert second["step"] == end["step"] > first["step"]
+    wait_for("the array", lambda: not cluster.run("squeue", "-h", "-j", array, "-o", "%i"), 60)
+
+
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path) -> None:
     run_dir = site / "cancelled"
     job = submit(cluster, site, run_dir, "optim.steps=100000")
