@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ class Preparation:
             self._encode_all(journal, layout, mine)
         if self.world_size == 1:
             return merge_parts(self.output)
-        print(f"{self.part} is whole. When all {self.world_size} are: --merge --output {self.output}")
+        empty = "" if any(_part_tokens(journal).values()) else f" and holds no document, skipped {journal.skipped}"
+        print(f"{self.part} is whole{empty}. When all {self.world_size} are: --merge --output {self.output}")
         return 0
 
     def _layout(self, tokenizer: TextTokenizer) -> ShardLayout:
@@ -199,11 +200,9 @@ class Preparation:
                     if _n_shards(writers) > n_shards:
                         n_shards = _n_shards(writers)
                         self._commit(folder, journal, writers, skipped, per_source)
-        if not _n_tokens(writers):
-            raise OutputError(
-                f"no document was left to write: skipped {dict(skipped)}. Is --text-column "
-                f"{self.settings.text_column!r} right, and do the filters leave any?"
-            )
+        # One of several jobs may end empty, such as one whose files hold no document of --dump: the others' count too.
+        if not _n_tokens(writers) and self.world_size == 1:
+            raise OutputError(_nothing_left(skipped, self.settings.text_column))
         for writer in writers.values():
             writer.finish()
         journal.done = True
@@ -294,7 +293,7 @@ def _read_journal(output: Path, part: str) -> Journal | None:
 def merge_parts(output: Path) -> int:
     """Join the finished parts in `output` into a dataset: indexes, then the manifest. Returns the exit status.
 
-    Raises OutputError where a part is missing or not finished, or where there is none.
+    Raises OutputError where a part is missing or not finished, where there is none, or where all are empty.
     """
     if (output / MANIFEST_NAME).is_file():
         read_manifest(output)
@@ -312,6 +311,10 @@ def merge_parts(output: Path) -> int:
         )
     finished = {name: journal for name, journal in journals.items() if journal is not None}
     _check_same(output, finished)
+    manifest = _manifest(finished)
+    if not any(manifest.n_tokens.values()):
+        why = _nothing_left(manifest.extra["skipped"], finished[expected[0]].settings["text_column"])
+        raise OutputError(f"{output}: {why} Remove {output} and prepare it again")
     for split in SPLITS:
         for aside in (output / split).rglob(f".*{ASIDE_SUFFIX}"):  # a kill may have come while one was written
             aside.unlink()
@@ -321,7 +324,6 @@ def merge_parts(output: Path) -> int:
             own = journal.splits[split]["state"]["shards"]
             shards += own if world_size == 1 else shards_in(own, name)
         write_index(output / split, shards)
-    manifest = _manifest(finished)
     write_atomic(output / MANIFEST_NAME, manifest.text().encode())
     remove_progress(output)
     counts = ", ".join(f"{split} {manifest.n_tokens[split]:,} tokens" for split in SPLITS)
@@ -329,6 +331,18 @@ def merge_parts(output: Path) -> int:
     if not manifest.n_tokens["val"]:
         print("the val split is empty: raise --val-fraction to validate on this dataset")
     return 0
+
+
+def _nothing_left(skipped: Mapping[str, int], text_column: str) -> str:
+    return (
+        f"no document was left to write: skipped {dict(skipped)}. Is --text-column {text_column!r} right, and do the "
+        "filters leave any?"
+    )
+
+
+def _part_tokens(journal: Journal) -> dict[str, int]:
+    """Tokens of each split."""
+    return {split: saved["state"]["n_tokens"] for split, saved in (journal.splits or {}).items()}
 
 
 def _check_same(output: Path, journals: dict[str, Journal]) -> None:
@@ -350,7 +364,7 @@ def _manifest(journals: dict[str, Journal]) -> Manifest:
     parts = {
         name: {
             "settings": journal.settings,
-            "n_tokens": {split: saved["state"]["n_tokens"] for split, saved in (journal.splits or {}).items()},
+            "n_tokens": _part_tokens(journal),
             "sources": journal.per_source,
         }
         for name, journal in journals.items()

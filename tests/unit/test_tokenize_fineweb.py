@@ -115,6 +115,31 @@ def test_an_array_of_jobs_is_merged(folder: Path, tmp_path: Path, capsys: pytest
     assert prepare(folder, out, "--world-size", "3", "--rank", "0") == 2
 
 
+def test_a_part_that_the_filters_leave_empty_does_not_stop_the_merge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FineWeb has its dumps in files of their own: --dump leaves some jobs of an array nothing."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    corpus.byte_level_tokenizer(raw)
+    for name in ("X", "Y"):
+        corpus.write_parquet(raw / f"{name}.parquet", [f"a text of {name}", "more"], dump=[name, name])
+    out, none = tmp_path / "out", tmp_path / "none"
+    files = ("X.parquet", "Y.parquet")
+    for rank in ("0", "1"):
+        assert prepare(raw, out, "--world-size", "2", "--rank", rank, "--dump", "X", inputs=files) == 0
+        assert prepare(raw, none, "--world-size", "2", "--rank", rank, "--dump", "Z", inputs=files) == 0
+    assert "part-00001-of-00002 is whole and holds no document, skipped {'filtered': 2}" in capsys.readouterr().out
+    assert tokenize_fineweb.main(["--merge", "--output", str(out)]) == 0
+    assert verify_shards.main([str(out)]) == 0
+    assert sum(read_manifest(out).n_documents.values()) == 2
+    again = prepare(raw, out, "--world-size", "2", "--rank", "1", "--dump", "X", inputs=files)
+    assert again == 0, "finished: nothing to do"
+    assert tokenize_fineweb.main(["--merge", "--output", str(none)]) == 2
+    assert "no document was left to write: skipped {'filtered': 4}" in capsys.readouterr().err
+    assert not (none / "manifest.json").exists()
+
+
 def test_slurm_says_rank_and_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(**variables: str) -> tuple[int, int]:
         for name in [name for name in os.environ if name.startswith("SLURM_")]:
