@@ -26,6 +26,7 @@ ROOT=${MATMAMBA_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 source "$ROOT/slurm/common.sh"
 GRID=${GRID:-$ROOT/slurm/scaling_grid.txt}
 [[ -r $GRID ]] || die "GRID=$GRID cannot be read"
+[[ -z ${CONFIG:-} ]] || die "CONFIG=$CONFIG would replace the config of every run of GRID=$GRID: unset it"
 run_of_grid() {
   local line name config overrides
   line=$(grep -v -e '^ *#' -e '^ *$' "$GRID" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")

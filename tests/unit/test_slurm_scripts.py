@@ -87,3 +87,18 @@ def test_a_controller_that_does_not_answer_is_asked_again(site: Site, answers_at
     assert len(site.calls("scontrol show job")) == min(answers_at, 5)
     assert len(site.calls("scontrol requeue")) == (0 if answers_at == 3 else 1)
     assert read_events(site.run_dir)[-1]["requeue"] is (answers_at == 99)
+
+
+@pytest.mark.parametrize("job", [{}, {**JOB, "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "0"}], ids=len)
+def test_a_config_in_the_environment_does_not_replace_the_grids(site: Site, job: dict[str, str]) -> None:
+    site.stand_in("srun", "exit 75")
+    site.stand_in("scontrol", ARRAY)
+    grid = site.folder / "grid.txt"
+    grid.write_text(f"only {site.config}\n")
+    settings = {"GRID": str(grid), "NODES": "1", "TASKS_PER_NODE": "1"}
+    if not job:
+        assert site.run("scaling_sweep.sh", **settings).returncode == 0
+    done = site.run("scaling_sweep.sh", CONFIG=str(site.config), **settings, **job)
+    assert done.returncode == 2
+    assert f"CONFIG={site.config} would replace the config of every run" in done.stderr
+    assert not site.run_dir.exists()
