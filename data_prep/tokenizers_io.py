@@ -56,7 +56,8 @@ def open_tokenizer(spec: str, eos_token: str = "", *, reference: bool = False) -
 
     `reference` keeps a tokenizer.json on the `tokenizers` library where data_prep.fast_bpe would give the same ids.
 
-    Raises FileNotFoundError where there is no such file, ValueError where it is no tokenizer or names no end of text.
+    Raises FileNotFoundError where there is no such file, ValueError where it is no tokenizer, names no end of text, or
+    tiktoken cannot fetch it.
     """
     if spec.startswith("tiktoken:"):
         return TiktokenTokenizer.named(spec.removeprefix("tiktoken:"), eos_token)
@@ -174,6 +175,11 @@ class TiktokenTokenizer:
             ) from None
         try:
             return cls(tiktoken.get_encoding(name), eos_token)
+        except OSError as error:
+            raise ValueError(
+                f"tokenizer tiktoken:{name}: tiktoken could not fetch it ({error}). Without a network, point "
+                "TIKTOKEN_CACHE_DIR at a folder that tiktoken filled on a machine with one, or name a tokenizer file"
+            ) from None
         except ValueError as error:
             raise ValueError(f"tokenizer tiktoken:{name}: {error}") from None
 

@@ -58,8 +58,8 @@ class TextStream:
 def open_text(spec: str, vocab_size: int) -> Text:
     """The tokenizer that `spec` names, for a model of `vocab_size` tokens.
 
-    Raises FileNotFoundError where there is no such file, ValueError where it is no tokenizer, names no end of text, or has
-    more ids than the model.
+    Raises FileNotFoundError where there is no such file, ValueError where it is no tokenizer, names no end of text, has more
+    ids than the model, or tiktoken cannot fetch it.
     """
     if not spec:
         raise ValueError("the model names no tokenizer: pass --tokenizer FILE or tiktoken:NAME")
@@ -120,7 +120,13 @@ def _tiktoken(spec: str) -> Text:
         import tiktoken
     except ImportError:
         raise ValueError(f"tokenizer {spec}: install tiktoken (pip install 'matmamba-pretrain[data]')") from None
-    encoding = tiktoken.get_encoding(spec.removeprefix("tiktoken:"))
+    try:
+        encoding = tiktoken.get_encoding(spec.removeprefix("tiktoken:"))
+    except OSError as error:
+        raise ValueError(
+            f"tokenizer {spec}: tiktoken could not fetch it ({error}). Without a network, point TIKTOKEN_CACHE_DIR at a "
+            "folder that tiktoken filled on a machine with one, or name a tokenizer file"
+        ) from None
 
     def decode(ids: Sequence[int]) -> str:
         return str(encoding.decode(list(ids)))

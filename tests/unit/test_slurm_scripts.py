@@ -95,7 +95,7 @@ def test_a_config_in_the_environment_does_not_replace_the_grids(site: Site, job:
     site.stand_in("scontrol", ARRAY)
     grid = site.folder / "grid.txt"
     grid.write_text(f"only {site.config}\n")
-    settings = {"GRID": str(grid), "NODES": "1", "TASKS_PER_NODE": "1"}
+    settings = {"GRID": str(grid), "SWEEP_DIR": str(site.run_dir), "NODES": "1", "TASKS_PER_NODE": "1"}
     if not job:
         assert site.run("scaling_sweep.sh", **settings).returncode == 0
     done = site.run("scaling_sweep.sh", CONFIG=str(site.config), **settings, **job)

@@ -292,6 +292,21 @@ def test_wrong_commands_end_in_one_line(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_tokenizer_that_cannot_be_fetched_is_no_failed_write(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+
+    def no_network(name: str) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    assert prepare(folder, tmp_path / "out", "--tokenizer", "tiktoken:gpt2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: tokenizer tiktoken:gpt2: tiktoken could not fetch it (no route to host)")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_parquet_file_cut_short_is_named_and_resumable(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

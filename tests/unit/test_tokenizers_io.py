@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from data_prep import fast_bpe, train_tokenizer
 from data_prep.tokenizers_io import TextTokenizer, TiktokenTokenizer, open_tokenizer
+from modeling.text import open_text
 from tests.unit import corpus
 
 NEOX = Path(__file__).resolve().parents[3] / "shared" / "tokenizers" / "gpt_neox_20b.json"
@@ -154,6 +157,24 @@ def test_tiktoken_encodings_are_tokenizers() -> None:
     for text, ids in zip(HARD, tokenizer.encode_batch(HARD), strict=True):
         assert ids.tolist() == list(text.encode())
         assert tokenizer.decode(ids.tolist()) == text
+
+
+@pytest.mark.parametrize(
+    "opener", [open_tokenizer, partial(open_text, vocab_size=50304)], ids=["data_prep", "modeling"]
+)
+def test_tiktoken_without_a_network_says_the_way_out(
+    opener: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    monkeypatch.setattr(tiktoken, "get_encoding", _no_network)
+    with pytest.raises(
+        ValueError, match=r"tiktoken:gpt2: .*could not fetch.*no route.*TIKTOKEN_CACHE_DIR.*tokenizer file"
+    ):
+        opener("tiktoken:gpt2")
+
+
+def _no_network(name: str) -> None:
+    raise ConnectionError("no route to host")  # an OSError, as requests' own is
 
 
 def test_what_is_no_tokenizer_is_refused(byte_level: Path, tmp_path: Path) -> None:
