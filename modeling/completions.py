@@ -46,11 +46,14 @@ class Limits:
 
 
 class RequestError(ValueError):
-    """A request that is refused: what is wrong, which field, and the HTTP status."""
+    """A request that is refused: what is wrong, which field, and the HTTP status.
+
+    Both texts may quote the request; its lone surrogates, which no answer can carry, are escaped.
+    """
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
-        super().__init__(message)
-        self.param, self.status = param, status
+        super().__init__(_sendable(message))
+        self.param, self.status = param and _sendable(param), status
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,12 @@ def _prompts(raw: Any, vocab_size: int, text: Text, limits: Limits) -> list[list
     prompts = []
     for i, one in enumerate(raw):
         if isinstance(one, str):
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"prompt {i} is not Unicode text: character {error.start} is a lone surrogate", "prompt"
+                ) from None
             # An empty prompt starts a new document.
             ids = text.encode(one) or [text.eos_id]
         elif isinstance(one, list) and one and all(_is_integer(token) for token in one):
@@ -176,7 +185,9 @@ def _prompts(raw: Any, vocab_size: int, text: Text, limits: Limits) -> list[list
             raise RequestError(f"prompt {i} has {len(ids)} tokens: at most {limits.prompt_tokens}", "prompt")
         bad = next((token for token in ids if not 0 <= token < vocab_size), None)
         if bad is not None:
-            raise RequestError(f"prompt {i} has token id {bad}: the vocabulary is 0 to {vocab_size - 1}", "prompt")
+            raise RequestError(
+                f"prompt {i} has token id {str(bad)[:80]}: the vocabulary is 0 to {vocab_size - 1}", "prompt"
+            )
         prompts.append(ids)
     return prompts
 
@@ -188,6 +199,10 @@ def _stops(raw: Any, limits: Limits) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS or any(len(stop) > limits.stop_characters for stop in stops):
         raise RequestError(f"stop: at most {MAX_STOPS} texts of at most {limits.stop_characters} characters", "stop")
     return tuple(stops)
+
+
+def _sendable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _is_integer(value: Any) -> bool:
@@ -203,9 +218,13 @@ def _integer(body: dict[str, Any], key: str, default: int, low: int, high: int) 
 
 def _number(body: dict[str, Any], key: str, default: float) -> float:
     value = default if body.get(key) is None else body[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise RequestError(f"{key}={str(value)[:80]}: must be a number", key)
-    return float(value)
+    return number
 
 
 def _flag(body: dict[str, Any], key: str) -> bool:

@@ -16,6 +16,8 @@ from fractions import Fraction
 
 LayerWidths = tuple[int, ...]
 """One head count for each layer. A uniform width repeats one number; Mix'n'Match mixes them."""
+MAX_WIDTH_CHARACTERS = 32
+"""Of one width as people write it."""
 
 
 def parse_width(text: str | int, n_heads: int) -> int:
@@ -23,12 +25,19 @@ def parse_width(text: str | int, n_heads: int) -> int:
 
     "1" is the whole width, as in the paper's tables; a one-head width is written "1h" (any count may carry the "h").
 
-    Raises ValueError where the text is no number, or does not name between 1 and `n_heads` whole heads.
+    Raises ValueError where the text is too long or no number (exponents are none), or does not name between 1 and `n_heads` whole heads.
     """
     if isinstance(text, int):
         count = Fraction(text)
     else:
+        if len(text) > MAX_WIDTH_CHARACTERS:
+            raise ValueError(
+                f"width {text[:MAX_WIDTH_CHARACTERS]!r}... has {len(text)} characters: at most {MAX_WIDTH_CHARACTERS}"
+            )
         try:
+            # Fraction would read 1e999999999 too, and write out its every digit.
+            if "e" in text.lower():
+                raise ValueError("an exponent")
             number = Fraction(text.removesuffix("h").strip())
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"width {text!r}: not a number. Write a head count (16) or a fraction (1/4)") from None

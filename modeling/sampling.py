@@ -11,21 +11,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-6
+"""Above 0. Scores divided by much less overflow float32."""
+LEAST_TOP_P = 1e-6
+"""Already the likeliest token alone; far below it float32 rounds to 0, which would leave no token."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token; else scores are divided by this before sampling."""
+    """0 takes the likeliest token; else, from LEAST_TEMPERATURE on, scores are divided by this before sampling."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens whose probabilities reach this sum."""
+    """Sample among the likeliest tokens whose probabilities reach this sum, from LEAST_TOP_P on."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature}: must be a number of at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+        is_greedy = self.temperature == 0
+        if not is_greedy and not (math.isfinite(self.temperature) and self.temperature >= LEAST_TEMPERATURE):
+            raise ValueError(
+                f"temperature={self.temperature}: must be 0, the likeliest token, or a number of at least "
+                f"{LEAST_TEMPERATURE:g}"
+            )
+        if not LEAST_TOP_P <= self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must lie in {LEAST_TOP_P:g} to 1")
 
 
 def probabilities(logits_bv: Tensor, sampling: Sampling) -> Tensor:

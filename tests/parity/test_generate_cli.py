@@ -124,8 +124,10 @@ def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         (("--width", "1/3"), "width '1/3'"),
+        (("--width", "1e400"), "width '1e400': not a number"),
         (("--width", "1,1/2,1"), "3 widths for 2 layers"),
         (("--temperature", "-1"), "temperature=-1.0"),
+        (("--temperature", "1e-320"), "at least 1e-06"),
         (("--speculate", "1", "--width", "1/2"), "wider than target"),
         (("--tokenizer", "absent.json"), "absent.json: no such file"),
         (("--max-new-tokens", "0"), "must be at least 1"),

@@ -15,6 +15,7 @@ from modeling.decode import GRAPH_FROM, generate
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.request_queue import Job, RequestQueue
+from modeling.sampling import LEAST_TEMPERATURE, LEAST_TOP_P, Sampling, probabilities
 from modeling.text import Text
 
 CFG = LanguageConfig(n_layers=2, d_model=32, headdim=8, widths=(8, 4, 1), d_state=8, vocab_size=128)
@@ -89,7 +90,13 @@ def test_the_width_is_the_field_or_in_the_models_name(
         ({"prompt": "a", "temperature": -0.1}, "temperature", "temperature"),
         ({"prompt": "a", "temperature": float("inf")}, "temperature", "must be a number"),
         ({"prompt": "a", "temperature": "hot"}, "temperature", "must be a number"),
+        ({"prompt": "a", "temperature": 10**400}, "temperature", "must be a number"),
+        ({"prompt": "a", "temperature": 1e-320}, "temperature", "must be 0, .* or a number of at least 1e-06"),
+        ({"prompt": "a", "temperature": "\ud800"}, "temperature", r"temperature=\\ud800: must be a number"),
         ({"prompt": "a", "top_p": 0}, "top_p", "top_p"),
+        ({"prompt": "a", "top_p": 1e-320}, "top_p", "must lie in 1e-06 to 1"),
+        ({"prompt": ["a", "b\ud800"]}, "prompt", "prompt 1 .* character 1 is a lone surrogate"),
+        ({"prompt": [10**400]}, "prompt", "token id 10{79}: "),
         ({"prompt": "a", "stream": "yes"}, "stream", "true or false"),
         ({"prompt": "a", "stop": ["a", ""]}, "stop", "none empty"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop", "at most 4"),
@@ -98,18 +105,29 @@ def test_the_width_is_the_field_or_in_the_models_name(
         ({"prompt": "a", "width": "1/3"}, "width", "width '1/3'"),
         ({"prompt": "a", "width": "1,1,1"}, "width", "3 widths for 2 layers"),
         ({"prompt": "a", "width": "@presets.json:x"}, "width", "not a number"),
+        ({"prompt": "a", "width": "1e400"}, "width", "not a number"),
+        ({"prompt": "a", "width": "1E-999999999"}, "width", "not a number"),
+        ({"prompt": "a", "width": "1," + "9" * 4000}, "width", "4000 characters: at most 32"),
         ({"prompt": "a", "width": 4}, "width", "width must be a string"),
         ({"prompt": "a", "model": "tiny:1/2", "width": "1/8"}, "width", "say it once"),
         ({"prompt": "a", "model": 7}, "model", "must be a string"),
         ({"prompt": "a", "logprobs": 5}, "logprobs", "not supported"),
         ({"prompt": "a", "best_of": 3}, "best_of", "not supported"),
         ({"prompt": "a", "promt": "b"}, "promt", "unknown field"),
+        ({"prompt": "a", "\ud800": "b"}, r"\ud800", "unknown field"),
     ],
 )
 def test_mistakes_are_named(model: InferenceModel, body: dict[str, object], param: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         parsed(model, **{"max_tokens": 5, **body})
     assert (caught.value.param, caught.value.status) == (param, 400)
+
+
+def test_the_least_values_choose_the_likeliest() -> None:
+    scores = torch.tensor([[3.0, -1e4, 1e4, 9.9e3]])
+    least = (LEAST_TEMPERATURE, 1.0), (1.0, LEAST_TOP_P), (LEAST_TEMPERATURE, LEAST_TOP_P)
+    for temperature, top_p in least:
+        assert probabilities(scores, Sampling(temperature, top_p)).tolist() == [[0, 0, 1, 0]]
 
 
 def test_another_model_is_not_here(model: InferenceModel) -> None:

@@ -43,7 +43,7 @@ def test_parse_width(text: str, heads: int) -> None:
     assert nesting.parse_width(text, 64) == heads
 
 
-@pytest.mark.parametrize("text", ["", "wide", "0", "-1", "65", "1/3", "1/0", "2.5"])
+@pytest.mark.parametrize("text", ["", "wide", "0", "-1", "65", "1/3", "1/0", "2.5", "1e400", "9" * 4000])
 def test_parse_width_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="width"):
         nesting.parse_width(text, 64)
