@@ -10,7 +10,7 @@
 #   MODULES              environment modules to load, separated by spaces
 #   CONTAINER            image to run in; default: none
 #   CONTAINER_RUNTIME    pyxis (srun --container-image) or apptainer; default: apptainer for a .sif, else pyxis
-#   CONTAINER_MOUNTS     more folders to mount, HOST:INSIDE separated by commas
+#   CONTAINER_MOUNTS     more to mount than the repository and what the variables name, HOST:INSIDE separated by commas
 #   LAUNCHER             srun (one task a GPU) or torchrun; default: srun
 #   MAX_RESTARTS         requeues of one job before it stops; default: 20
 #   HANG_SECONDS         least time without a step before the watchdog acts; default: 600
@@ -29,8 +29,10 @@ die() {
   exit 2
 }
 
+# settings [VARIABLE ...]: check and set all of it. A container gets the paths in DATA, RUN_DIR and these variables.
 settings() {
   cd "$ROOT" || die "cannot enter $ROOT"
+  ROOT=$PWD
   LAUNCHER=${LAUNCHER:-srun}
   MAX_RESTARTS=${MAX_RESTARTS:-20}
   [[ $LAUNCHER == srun || $LAUNCHER == torchrun ]] || die "LAUNCHER=$LAUNCHER: must be srun or torchrun"
@@ -60,7 +62,9 @@ settings() {
     case $CONTAINER in
       /* | ./*) [[ -e $CONTAINER ]] || die "CONTAINER=$CONTAINER: no such image" ;;
     esac
-    local mounts=$ROOT:$ROOT${DATA:+,$DATA:$DATA}${RUN_DIR:+,$RUN_DIR:$RUN_DIR}${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    local mounts=$ROOT:$ROOT
+    mounted DATA RUN_DIR "$@"
+    mounts+=${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     case $runtime in
       apptainer)
         command -v apptainer > /dev/null || die "CONTAINER_RUNTIME=apptainer: not installed on $(hostname)"
@@ -85,6 +89,35 @@ settings() {
   TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$SLURM_JOB_ID
   export MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR
   export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # the flight recorder, for the watchdog
+}
+
+# mounted VARIABLE ...: add the path in each to $mounts, and make it absolute in its variable. What is not on this machine
+# (s3://..., a hub's name, tiktoken:...) stays as it is, for the program to judge. RUN_DIR and OUTPUT are folders to write
+# into: a job makes them first, since a container cannot mount what is not there; a check outside a job writes nothing.
+mounted() {
+  local name path folder rest
+  for name; do
+    path=${!name:-} rest=""
+    [[ -n $path ]] || continue
+    if [[ -n ${SLURM_JOB_ID:-} && ($name == RUN_DIR || $name == OUTPUT) ]]; then
+      mkdir -p -- "$path" || die "$name=$path: this folder cannot be made"
+    fi
+    if [[ ! -e $path && $path == *[*?[]* ]]; then # of a glob, the folder before its first sign
+      folder=${path%%[*?[]*}
+      folder=${folder%"${folder##*/}"}
+      rest=/${path#"$folder"}
+      path=${folder:-.}
+    fi
+    [[ -e $path ]] || continue
+    if [[ -d $path ]]; then
+      path=$(realpath -m -- "$path")
+    else # a file keeps its name: caches hold tokenizer.json as a link to a name without an ending
+      path=$(realpath -m -- "$(dirname -- "$path")")/$(basename -- "$path")
+    fi
+    [[ $path != *[,:]* ]] || die "$name=$path: a path with a comma or a colon cannot be mounted"
+    mounts+=,$path:$path
+    printf -v "$name" %s "$path$rest"
+  done
 }
 
 # Outside a job the checks were all there is to do.
@@ -171,7 +204,7 @@ job_state() {
 pretrain() {
   local config=${CONFIG:-$1}
   shift
-  settings
+  settings config
   local arguments=("$config" ${DATA:+"data.path=$DATA"} ${RUN_DIR:+"run_dir=$RUN_DIR"} "$@")
   local ranks=$(($(asked_for NODES nodes) * $(asked_for TASKS_PER_NODE ntasks-per-node)))
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -190,12 +223,4 @@ pretrain() {
     exit 75
   fi
   exit "$rc"
-}
-
-# once MODULE [argument ...]: one task, no requeue.
-once() {
-  settings
-  only_checked "${@:2}"
-  alone -m "$@"
-  exit $?
 }

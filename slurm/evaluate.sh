@@ -19,5 +19,7 @@ ROOT=${MATMAMBA_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/common.sh
 source "$ROOT/slurm/common.sh"
 [[ -n ${MODEL:-} ]] || die "MODEL is not set: MODEL=runs/lm_1b4 sbatch slurm/evaluate.sh"
+settings MODEL
 [[ -d $MODEL ]] || die "MODEL=$MODEL: no such folder"
-once pretrain.evaluate "$MODEL" ${DATA:+--data "$DATA"} "$@"
+only_checked "$@"
+alone -m pretrain.evaluate "$MODEL" ${DATA:+--data "$DATA"} "$@"

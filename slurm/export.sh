@@ -18,5 +18,19 @@ ROOT=${MATMAMBA_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/common.sh
 source "$ROOT/slurm/common.sh"
 [[ -n ${MODEL:-} ]] || die "MODEL is not set: MODEL=runs/lm_1b4 sbatch slurm/export.sh --width 1/4 --format hf -o DIR"
+given=("$@") arguments=() output=""
+while (($#)); do
+  case $1 in
+    -o | --output) output=${2:-} && shift ;;
+    -o?*) output=${1#-o} ;;
+    --output=*) output=${1#*=} ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+[[ -n $output ]] || die "-o DIR is not given: MODEL=runs/lm_1b4 sbatch slurm/export.sh --width 1/4 --format hf -o DIR"
+OUTPUT=$(dirname -- "$output") # the export is made beside its place, and moved there when whole
+settings MODEL OUTPUT
 [[ -d $MODEL ]] || die "MODEL=$MODEL: no such folder"
-once modeling.export "$MODEL" "$@"
+only_checked "${given[@]}"
+alone -m modeling.export "$MODEL" "${arguments[@]}" -o "$OUTPUT/$(basename -- "$output")"

@@ -23,7 +23,7 @@ source "$ROOT/slurm/common.sh"
 for name in INPUT TOKENIZER OUTPUT; do
   [[ -n ${!name:-} ]] || die "$name is not set: INPUT='dir/*.parquet' TOKENIZER=file OUTPUT=dir sbatch slurm/tokenize_fineweb.sh"
 done
-settings
+settings INPUT TOKENIZER OUTPUT
 only_checked "$@"
 alone -m data_prep.tokenize_fineweb --input "$INPUT" --tokenizer "$TOKENIZER" --output "$OUTPUT" "$@" || exit $?
 # Whoever finishes last finds every part finished; until then joining is refused, which is no failure of this task.

@@ -37,6 +37,23 @@ class Site:
         path.write_text(f'#!/usr/bin/env bash\necho "{program} $*" >> "{self.folder}/calls.txt"\n{body}\n')
         path.chmod(0o755)
 
+    def container(self, then: str) -> dict[str, str]:
+        """A stand-in of apptainer, which refuses as the real one does, and the settings that ask for it."""
+        (self.folder / "image.sif").touch()
+        refuse = """IFS=, read -ra binds <<< "$4"
+for bind in "${binds[@]}"; do
+  source=${bind%%:*}
+  [[ $source == /* && ${bind#*:} == "$source" && -e $source ]] || { echo "no mount $bind" >&2; exit 255; }
+done
+"""
+        self.stand_in("apptainer", refuse + then)
+        return {"CONTAINER": str(self.folder / "image.sif")}
+
+    def mounts(self) -> list[set[Path]]:
+        """What each container that was started had mounted."""
+        calls = [call.split(" --bind ")[1].split(" --pwd ")[0] for call in self.calls("apptainer exec")]
+        return [{Path(bind.split(":")[0]) for bind in call.split(",")} for call in calls]
+
     def calls(self, beginning: str) -> list[str]:
         """Calls so far that begin so."""
         lines = (self.folder / "calls.txt").read_text().splitlines()
@@ -102,3 +119,74 @@ def test_a_config_in_the_environment_does_not_replace_the_grids(site: Site, job:
     assert done.returncode == 2
     assert f"CONFIG={site.config} would replace the config of every run" in done.stderr
     assert not site.run_dir.exists()
+
+
+def from_root(path: Path) -> str:
+    """Relative paths in settings are the repository's."""
+    return os.path.relpath(path, ROOT)
+
+
+def test_a_container_gets_config_data_and_a_new_runs_folder(site: Site) -> None:
+    inside = site.container(f'exec "{sys.executable}" "${{@:9}}"')
+    site.stand_in("srun")
+    site.stand_in("scontrol", 'echo "JobId=70 JobState=RUNNING Reason=None"')
+    run_dir = site.folder / "new" / "run"
+    settings = {"CONFIG": from_root(site.config), "DATA": from_root(site.shards), "RUN_DIR": from_root(run_dir)}
+    checked = site.run("pretrain_1b4.sh", **settings, **inside, NODES="1", TASKS_PER_NODE="1")
+    assert checked.returncode == 0, checked.stderr
+    assert site.mounts() == [{ROOT, site.shards, site.config}]
+    assert not run_dir.exists(), "a check writes nothing"
+    done = site.run("pretrain_1b4.sh", **settings, **inside, **JOB)
+    assert done.returncode == 0, done.stderr
+    assert site.mounts()[1:] == [{ROOT, site.shards, site.config, run_dir}] * 2  # begin and end; srun starts the ranks
+    (ranks,) = site.calls("srun")
+    assert f"-m pretrain {site.config} data.path={site.shards} run_dir={run_dir}" in ranks
+    assert f"--bind {ROOT}:{ROOT},{site.shards}:{site.shards}," in ranks
+
+
+def test_a_container_gets_what_each_script_reads_and_writes(site: Site) -> None:
+    inside = {**site.container("exit 0"), **JOB}
+    site.stand_in("scontrol")
+    model, out = site.run_dir, site.folder / "exports" / "quarter"
+    model.mkdir()
+    for script, arguments in (("evaluate.sh", ()), ("export.sh", ("-o", from_root(out), "--width", "1/4"))):
+        done = site.run(script, *arguments, MODEL=from_root(model), DATA=str(site.shards), **inside)
+        assert done.returncode == 0, done.stderr
+    assert site.mounts() == [{ROOT, site.shards, model}, {ROOT, site.shards, model, out.parent}]
+    evaluate, export = site.calls("apptainer")
+    assert evaluate.endswith(f"-m pretrain.evaluate {model} --data {site.shards}")
+    assert export.endswith(f"-m modeling.export {model} --width 1/4 -o {out}")
+
+
+def test_a_container_gets_the_texts_the_tokenizer_and_the_output(site: Site) -> None:
+    inside = {**site.container("exit 0"), **JOB}
+    site.stand_in("scontrol")
+    texts, cache, out = (site.folder / name for name in ("texts", "cache", "tokens"))
+    texts.mkdir()
+    cache.mkdir()
+    (cache / "0123abcd").touch()
+    (cache / "tokenizer.json").symlink_to("0123abcd")
+    settings = {"INPUT": from_root(texts) + "/[ab]/*.parquet", "TOKENIZER": from_root(cache / "tokenizer.json")}
+    assert "settings are fine" in site.run("tokenize_fineweb.sh", OUTPUT=from_root(out), **settings).stdout
+    assert not out.exists()
+    done = site.run("tokenize_fineweb.sh", OUTPUT=from_root(out), **settings, **inside)
+    assert done.returncode == 0, done.stderr
+    assert site.mounts() == [{ROOT, texts, cache / "tokenizer.json", out}] * 2
+    encode, merge = site.calls("apptainer")
+    assert encode.endswith(f"--input {texts}/[ab]/*.parquet --tokenizer {cache}/tokenizer.json --output {out}")
+    assert merge.endswith(f"--output {out} --merge")
+    hub = {"INPUT": "HuggingFaceFW/fineweb", "TOKENIZER": "tiktoken:gpt2", "OUTPUT": str(out)}
+    assert site.run("tokenize_fineweb.sh", **hub, **inside).returncode == 0
+    assert site.mounts()[2] == {ROOT, out}
+    assert " --input HuggingFaceFW/fineweb --tokenizer tiktoken:gpt2 " in site.calls("apptainer")[2]
+
+
+def test_what_cannot_be_mounted_is_said(site: Site) -> None:
+    inside = site.container("exit 0")
+    (site.folder / "a,b").mkdir()
+    done = site.run("evaluate.sh", MODEL=str(site.folder / "a,b"), **inside)
+    assert (done.returncode, "a path with a comma or a colon cannot be mounted" in done.stderr) == (2, True)
+    done = site.run("evaluate.sh", MODEL=str(site.folder / "none"), **inside)
+    assert (done.returncode, "no such folder" in done.stderr) == (2, True)
+    done = site.run("export.sh", MODEL=str(site.folder), **inside)
+    assert (done.returncode, "-o DIR is not given" in done.stderr) == (2, True)
