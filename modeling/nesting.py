@@ -25,7 +25,8 @@ def parse_width(text: str | int, n_heads: int) -> int:
 
     "1" is the whole width, as in the paper's tables; a one-head width is written "1h" (any count may carry the "h").
 
-    Raises ValueError where the text is too long or no number (exponents are none), or does not name between 1 and `n_heads` whole heads.
+    Raises ValueError where the text is too long or no number (1e1 is none), or does not name between 1 and `n_heads`
+    whole heads.
     """
     if isinstance(text, int):
         count = Fraction(text)
