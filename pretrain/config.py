@@ -279,6 +279,10 @@ class SampleData(Protocol):
         """A folder or a remote URI that holds train/ and val/."""
 
     @property
+    def cache_dir(self) -> str:
+        """Local folder for shards of a remote `path`; empty where `path` is local."""
+
+    @property
     def micro_batch(self) -> int:
         """Samples in one forward pass on one data-parallel rank."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from streaming.base.storage import CloudDownloader
 
-from data_prep.shard_schema import INDEX_NAME, MANIFEST_NAME, Manifest, read_manifest
-from pretrain.config import ConfigError, DataConfig
+from data_prep.shard_schema import INDEX_NAME, MANIFEST_NAME, Manifest, file_sha256, read_manifest
+from pretrain.config import ConfigError, DataConfig, SampleData
 from pretrain.manifest_check import check_manifest
 from pretrain.shard_store import DatasetError
 
@@ -71,6 +71,20 @@ def check_index(dataset: str, cache_dir: str, split: str) -> int:
                     "damaged; copy it again, or prepare the data again"
                 )
     return n_rows
+
+
+def dataset_sha256(data: SampleData) -> str:
+    """SHA-256 of the index of the training split: with the shards' sizes and hashes in their order, what a run trains on.
+
+    It does not depend on where the dataset lies. Raises FileNotFoundError.
+    """
+    if not data.cache_dir:
+        return file_sha256(Path(data.path) / "train" / INDEX_NAME)
+    fetched = _fetch(f"{data.path}/train/{INDEX_NAME}", data.cache_dir)
+    try:
+        return file_sha256(fetched)
+    finally:
+        fetched.unlink()
 
 
 def manifest_of(cfg: DataConfig) -> Manifest:

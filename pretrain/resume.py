@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,18 +15,22 @@ from pretrain import checkpoint
 from pretrain.config import ConfigError, RunConfig
 from pretrain.distributed import RankError, Ranks
 from pretrain.engine import Engine
+from pretrain.same_run import seq_lens, state_to_go_on_from
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def resume(engine: Engine, cfg: RunConfig, ranks: Ranks) -> RunState | None:
+def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "") -> RunState | None:
     """Load what `cfg.checkpoint.resume` asks for into the engine; returns where the run stands, None for a fresh start.
+
+    `dataset_sha256` is that of the run's dataset (pretrain.dataset_check); without it, datasets are not compared.
 
     With "auto", checkpoints that are damaged or incomplete are skipped with a warning that says what is wrong with them,
     and set aside once a whole one was found. Raises CheckpointError where a named checkpoint is damaged, or where every
     one is: starting anew over them is for people to decide. Raises ConfigError where run_dir holds later checkpoints than
-    the one to start from: pruning and the next "auto" would take those for this run's.
+    the one to start from: pruning and the next "auto" would take those for this run's; and where that one is no checkpoint of this
+    run (pretrain.same_run).
     """
     root = checkpoint.checkpoint_dir(cfg.run_dir)
     found: list[Path] = ranks.gather_objects(checkpoint.candidates(root) if ranks.is_main else [])[0]
@@ -44,13 +49,17 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks) -> RunState | None:
                 logger.warning("skipping checkpoint %s: %s", folder.name, error)
             damaged.append(folder)
             continue
-        reader.check_model(cfg.model)
-        _refuse_later([path for path in found if path not in damaged], reader.state.step, root)
+        try:
+            reader.check_model(cfg.model)
+        except CheckpointError as error:  # nothing is wrong with the checkpoint
+            raise ConfigError(str(error)) from None
+        state = state_to_go_on_from(cfg, reader.manifest, reader.state, dataset_sha256, log=ranks.is_main)
+        _refuse_later([path for path in found if path not in damaged], state.step, root)
         _attempt(ranks, partial(checkpoint.set_aside, damaged if ranks.is_main else [], "damaged"))
         _load(engine, reader, cfg.model.n_heads, ranks)
         if ranks.is_main:
-            logger.info("resumed from %s: step %d, %d tokens", folder, reader.state.step, reader.state.tokens)
-        return reader.state
+            logger.info("resumed from %s: step %d, %d tokens", folder, state.step, state.tokens)
+        return state
     if damaged:
         raise CheckpointError(
             f"every checkpoint in {root} is damaged (see the warnings above): mend or remove them to start anew"
@@ -75,7 +84,8 @@ def go_back(engine: Engine, cfg: RunConfig, ranks: Ranks, step: int) -> RunState
                     logger.warning("skipping checkpoint %s: %s", folder.name, error)
         if reader is not None:
             _load(engine, reader, cfg.model.n_heads, ranks)
-            return reader.state
+            before, now = seq_lens(cfg, reader.manifest)
+            return replace(reader.state, sequence=reader.state.sequence * before // now)
         _attempt(ranks, partial(checkpoint.set_aside, [folder] if ranks.is_main else [], "rolled-back"))
     return None
 
@@ -122,11 +132,3 @@ def _load(engine: Engine, reader: Reader, n_heads: int, ranks: Ranks) -> None:
                 target = getattr(fragment, kind)
                 target.data.copy_(part.flatten()[fragment.start : fragment.start + target.numel()])
     engine.restore(reader.state.n_updates)
-
-
-def check_same_run(cfg: RunConfig, state: RunState) -> None:
-    """Raise ConfigError where the config asks for less than is already done."""
-    if state.step > cfg.optim.steps:
-        raise ConfigError(
-            f"the checkpoint is at step {state.step}, optim.steps={cfg.optim.steps}: nothing is left to do"
-        )

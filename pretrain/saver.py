@@ -31,6 +31,7 @@ from pretrain.config_io import config_to_plain
 from pretrain.distributed import RankError, Ranks
 from pretrain.engine import Engine, Fragment
 from pretrain.provenance import git_commit, versions
+from pretrain.same_run import DATASET
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,10 +49,13 @@ class Saved:
 
 
 class Saver:
-    """The checkpoints of one run. Every rank makes one, and every rank calls each method at the same step border."""
+    """The checkpoints of one run. Every rank makes one, and every rank calls each method at the same step border.
 
-    def __init__(self, engine: Engine, cfg: RunConfig, ranks: Ranks) -> None:
-        self._engine, self._cfg, self._ranks = engine, cfg, ranks
+    `dataset_sha256` is that of the run's dataset (pretrain.dataset_check), for whoever goes on from a checkpoint.
+    """
+
+    def __init__(self, engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "") -> None:
+        self._engine, self._cfg, self._ranks, self._dataset_sha256 = engine, cfg, ranks, dataset_sha256
         self._root = checkpoint.checkpoint_dir(cfg.run_dir)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffer: Tensor | None = None
@@ -99,6 +103,7 @@ class Saver:
         waiting, write, self._write = time.perf_counter(), self._write, None
         entry = self._attempt(write.result)
         manifest = _manifest(self._cfg, self._ranks, self._state, self._engine.kinds, self._ranks.gather_objects(entry))
+        manifest[DATASET] = self._dataset_sha256
         step, main = self._state.step, self._ranks.is_main
         self._attempt(lambda: checkpoint.commit(self._root, step, manifest) if main else None)
         if main:

@@ -24,6 +24,7 @@ from pretrain import resume, retention
 from pretrain.checkpoint import checkpoint_dir
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
+from pretrain.dataset_check import dataset_sha256
 from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
 from pretrain.hardware import compute_dtype
@@ -229,6 +230,7 @@ def main(cfg: RunConfig) -> int:
     ranks = with_peer_copies(ranks, cfg.parallel)
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))
+    dataset = ranks.gather_objects(ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError)))[0]
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
     ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
@@ -249,8 +251,7 @@ def main(cfg: RunConfig) -> int:
     model.init_weights(cfg.seed)
     warm_start(model, cfg, ranks)
     engine = Engine(model, cfg, ranks)
-    state = resume.resume(engine, cfg, ranks) or RunState()
-    resume.check_same_run(cfg, state)
+    state = resume.resume(engine, cfg, ranks, dataset) or RunState()
     loader = task.loader(ranks, start=state.sequence)
     validation = task.validation(ranks)
     meter = StepMeter(cfg, ranks)
@@ -270,7 +271,7 @@ def main(cfg: RunConfig) -> int:
             meter=meter,
             writer=MetricsWriter(cfg, start_step=state.step, enabled=ranks.is_main),
             progress=progress,
-            saver=Saver(engine, cfg, ranks),
+            saver=Saver(engine, cfg, ranks, dataset),
             stop=stop,
             watchdog=Watchdog(cfg.run_dir, ranks.rank, heartbeats=Heartbeats(ranks)),
             state=state,
