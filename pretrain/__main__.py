@@ -74,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         return train(cfg)
     except (ConfigError, CheckpointError, DatasetError, NonFiniteError, RankError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        misused = isinstance(error, ConfigError) or (isinstance(error, RankError) and error.misused)
         # Other ranks may wait in a collective for this one; leaving without clean-up lets the launcher end them.
-        os._exit(1)
+        os._exit(2 if misused else 1)
 
 
 if __name__ == "__main__":

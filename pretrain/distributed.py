@@ -27,6 +27,11 @@ T = TypeVar("T")
 class RankError(RuntimeError):
     """Work that every rank was to do failed on some; the message names them and what each said."""
 
+    def __init__(self, message: str, *, misused: bool = False) -> None:
+        super().__init__(message)
+        self.misused = misused
+        """Whether every rank that failed said ConfigError: another start of the same command will fail too."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -79,13 +84,16 @@ class Ranks:
         try:
             result = work()
         except errors as error:
-            said = str(error)
+            said = str(error), isinstance(error, ConfigError)
         ranks_by_message: dict[str, list[int]] = {}
-        for rank, message in enumerate(self.gather_objects(said)):
-            if message is not None:
-                ranks_by_message.setdefault(message, []).append(rank)
+        misused = True
+        for rank, theirs in enumerate(self.gather_objects(said)):
+            if theirs is not None:
+                ranks_by_message.setdefault(theirs[0], []).append(rank)
+                misused = misused and theirs[1]
         if ranks_by_message:
-            raise RankError("; ".join(f"{_name(ranks)}: {message}" for message, ranks in ranks_by_message.items()))
+            message = "; ".join(f"{_name(ranks)}: {message}" for message, ranks in ranks_by_message.items())
+            raise RankError(message, misused=misused)
         return cast(T, result)
 
 

@@ -38,6 +38,7 @@ from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
 from pretrain.replicas import check_replicas
+from pretrain.run_lock import RunLock
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, count, gone_back, why_bad
 from pretrain.stopping import Stop, StopWatch
@@ -231,6 +232,7 @@ def main(cfg: RunConfig) -> int:
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))
     dataset = ranks.gather_objects(ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError)))[0]
+    lock = ranks.attempt(lambda: RunLock(cfg.run_dir) if ranks.is_main else None, (ConfigError,))
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
     ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
@@ -289,6 +291,8 @@ def main(cfg: RunConfig) -> int:
             run.saver.close()
             loader.close()
             run.writer.close()
+    if lock is not None:
+        lock.release()
     close_ranks()
     return code
 
