@@ -100,6 +100,14 @@ def abandon(root: Path, step: int) -> None:
     shutil.rmtree(temporary_dir(root, step), ignore_errors=True)
 
 
+def remove_interrupted(root: Path) -> list[str]:
+    """Remove what saves that never ended left, and return their folders' names. Under the run's lock: nobody is writing."""
+    folders = sorted(root.glob(f"{TEMPORARY}*"))
+    for folder in folders:
+        shutil.rmtree(folder)
+    return [folder.name for folder in folders]
+
+
 def _write_synced(path: Path, text: str) -> None:
     with path.open("w") as f:
         f.write(text)

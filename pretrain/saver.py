@@ -3,7 +3,8 @@
 A save has three parts. *Copy*: each rank copies its optimizer fragments into one host buffer, which is all that training
 waits for. *Write*: a thread writes and syncs the rank's file from that buffer. *Commit*: at the next step border at which
 all ranks have written, rank 0 writes the manifest and renames the folder. One save is in flight at a time; a second one
-waits for it. A rank that dies between the parts leaves a `.writing-` folder that no reader takes for a checkpoint.
+waits for it. A rank that dies between the parts leaves a `.writing-` folder that no reader takes for a checkpoint, and the
+next start removes.
 
 Extra host memory: 12 bytes for each parameter of this rank's ZeRO shard (16 with a moving average), once, whatever the model's size: nothing is
 gathered, on a GPU or off it.

@@ -21,7 +21,7 @@ from modeling.nesting import width_name
 from modeling.ops.kernels import launches, why_not
 from modeling.ops.upstream import chunk_scan
 from pretrain import resume, retention
-from pretrain.checkpoint import checkpoint_dir
+from pretrain.checkpoint import checkpoint_dir, remove_interrupted
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.dataset_check import dataset_sha256
@@ -232,7 +232,7 @@ def main(cfg: RunConfig) -> int:
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))
     dataset = ranks.gather_objects(ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError)))[0]
-    lock = ranks.attempt(lambda: RunLock(cfg.run_dir) if ranks.is_main else None, (ConfigError,))
+    lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError,))
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
     ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
@@ -321,6 +321,18 @@ def _check_same_config(cfg: RunConfig, ranks: Ranks) -> None:
                 f"rank {rank} runs another config than rank 0: {'; '.join(differing[:3]) or 'one has more keys'}. "
                 "Start all ranks with the same file and overrides"
             )
+
+
+def _claim(cfg: RunConfig) -> RunLock:
+    """Take the run's folder, and remove what a start that had it before left half-written."""
+    lock = RunLock(cfg.run_dir)
+    try:
+        removed = remove_interrupted(checkpoint_dir(cfg.run_dir))
+    except OSError as error:
+        raise ConfigError(f"run_dir={cfg.run_dir} cannot be written: {error}") from None
+    if removed:
+        logger.info("removed what interrupted saves left: %s", ", ".join(removed))
+    return lock
 
 
 def _record_start(cfg: RunConfig) -> None:

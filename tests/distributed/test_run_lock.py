@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from pretrain import train
 from pretrain.__main__ import main
+from pretrain.checkpoint import checkpoint_dir
 from pretrain.config import RunConfig
 from pretrain.config_io import config_to_yaml
 from tests.distributed.harness import RankFailedError, run_ranks, start_ranks
@@ -51,3 +53,24 @@ def test_a_second_run_in_the_same_folder_is_refused(dataset: Path, tmp_path: Pat
     assert first.exitcode == 0
     assert [step for kind, step, _ in losses(cfg) if kind == "train"] == [1, 2, 3, 4]
     assert run_ranks(1, train.main, cfg) == [0]
+
+
+def train_and_read_the_log(cfg: RunConfig) -> str:
+    """What rank 0 said on the way."""
+    said = []
+    logging.getLogger("pretrain.train").addFilter(lambda record: bool(said.append(record.getMessage())) or True)
+    assert train.main(cfg) == 0
+    return "\n".join(said)
+
+
+def test_what_a_killed_run_left_half_written_is_removed_at_the_start(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path, optim={"steps": 3}, checkpoint={"every_steps": 1})
+    run_ranks(1, train.main, cfg)
+    root = checkpoint_dir(cfg.run_dir)
+    left = [root / ".writing-step_00000002", root / ".writing-step_00000777"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "rank_00000.safetensors").write_bytes(b"half")
+    (said,) = run_ranks(1, train_and_read_the_log, cfg)
+    assert "removed what interrupted saves left: .writing-step_00000002, .writing-step_00000777" in said
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == [f"step_0000000{n}" for n in (1, 2, 3)]
