@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -143,4 +144,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         value = int(value)
     right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     _require(right, f"{where}={value!r}: must be {hint.__name__}, got {type(value).__name__}")
+    _require(hint is not float or math.isfinite(value), f"{where}={value!r}: must be a finite number")
     return value

@@ -42,6 +42,7 @@ class Heartbeats:
         store = join() if ranks.is_main else None
         ranks.gather_objects(None)  # rank 0 listens before the others call
         self._store = store or join()
+        ranks.gather_objects(None)  # a run that has nothing left to do may end at once, and the store with rank 0
 
     def say(self, step: int) -> None:
         """This rank is alive, after `step` steps."""

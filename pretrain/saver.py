@@ -109,6 +109,7 @@ class Saver:
         self._attempt(lambda: checkpoint.commit(self._root, step, manifest) if main else None)
         if main:
             self._report_prune()
+        if main and not self._state.bad_in_a_row:  # else a roll-back may want those from before the streak
             self._prune = self._thread.submit(retention.prune, self._root, self._cfg.checkpoint)
         if not self._cfg.checkpoint.asynchronous:
             self._buffer = None

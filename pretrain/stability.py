@@ -40,3 +40,15 @@ def count(state: RunState, cfg: StabilityConfig, loss: float, *, bad: bool) -> R
 def gone_back(saved: RunState, now: RunState) -> RunState:
     """Where a run stands that took its weights from `saved` and goes on with the data after `now`."""
     return replace(saved, sequence=now.sequence, bad_in_a_row=0, bad_steps=now.bad_steps, rollbacks=now.rollbacks + 1)
+
+
+def check_last_steps(state: RunState) -> None:
+    """Raise NonFiniteError where the run that ends here is in the middle of a streak of bad steps, or has no good one.
+
+    A single bad step at the end is one of those that any run may have.
+    """
+    if state.bad_in_a_row > 1 or (state.step and not state.n_updates):
+        raise NonFiniteError(
+            f"the last {state.bad_in_a_row} of {state.step} steps updated nothing: the run has not finished in order. Its last "
+            "checkpoint has the weights from before them; look at the data of these steps, and go on with a larger optim.steps"
+        )

@@ -21,7 +21,7 @@ from modeling.nesting import width_name
 from modeling.ops.kernels import launches, why_not
 from modeling.ops.upstream import chunk_scan
 from pretrain import resume, retention
-from pretrain.checkpoint import checkpoint_dir, remove_interrupted
+from pretrain.checkpoint import checkpoint_dir, remove_interrupted, set_aside, step_name
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.dataset_check import dataset_sha256
@@ -40,7 +40,7 @@ from pretrain.provenance import git_commit, versions
 from pretrain.replicas import check_replicas
 from pretrain.run_lock import RunLock
 from pretrain.saver import Saver
-from pretrain.stability import NonFiniteError, count, gone_back, why_bad
+from pretrain.stability import NonFiniteError, check_last_steps, count, gone_back, why_bad
 from pretrain.stopping import Stop, StopWatch
 from pretrain.task import Loader, Task
 from pretrain.tasks import task_of
@@ -111,17 +111,23 @@ def train(run: Run) -> int:
             run.report(
                 "train", run.meter.record(step=run.state.step, tokens=run.state.tokens, lr=lr, grad_norm=grad_norm)
             )
+        if (last or stop or run.due(cfg.checkpoint.every_steps)) and not weights_are_finite(run):
+            roll_back(run, f"step {run.state.step - 1}: the weights are not finite, and not saved")
+            continue
         with run.meter.pause(), run.watchdog.pause():
             # Saved before it is evaluated: a run told to stop may have seconds left.
             save(run, wait=last or bool(stop))
             if run.due(cfg.logging.eval_every_steps) or last:
-                evaluate(run)
+                losses = evaluate(run)
+                if last and not all(map(math.isfinite, losses.values())):
+                    refuse_last(run, losses)
         run.progress.advance(run.state.step)
         run.watchdog.beat(run.state.step)
         if stop and not last:
             run.report("event", {"step": run.state.step, "event": stop.text})
             run.stop.obeyed()
             return 0 if stop is Stop.FILE else EXIT_REQUEUE
+    check_last_steps(run.state)  # here, so that a start that finds nothing left to do ends like the one before it
     return 0
 
 
@@ -166,28 +172,40 @@ def skip(run: Run, why: str) -> bool:
 
     Raises NonFiniteError where that is no way out either.
     """
-    cfg, state = run.cfg.stability, run.state
+    state, max_skips = run.state, run.cfg.stability.max_skips
     said = f"step {state.step - 1}: {why}; nothing was updated"
     run.report("event", {"step": state.step, "event": f"{said} ({state.bad_in_a_row} in a row)"})
-    if state.bad_in_a_row <= cfg.max_skips:
+    if state.bad_in_a_row <= max_skips:
         return False
+    roll_back(run, f"{said}. {state.bad_in_a_row} bad steps in a row (stability.max_skips={max_skips})")
+    return True
+
+
+def roll_back(run: Run, said: str) -> None:
+    """Go back to the newest checkpoint from before the bad steps, and on with the data after them.
+
+    Raises NonFiniteError on all ranks, with what `said` tells, where that is no way out.
+    """
+    cfg, state = run.cfg.stability, run.state
     if state.rollbacks >= cfg.max_rollbacks or not cfg.max_skips:
         raise NonFiniteError(
-            f"{said}. {state.bad_in_a_row} bad steps in a row (stability.max_skips={cfg.max_skips}) after "
-            f"{state.rollbacks} roll-backs (stability.max_rollbacks={cfg.max_rollbacks}). {_ADVICE}"
+            f"{said} after {state.rollbacks} roll-backs (stability.max_rollbacks={cfg.max_rollbacks}). {_ADVICE}"
         )
     with run.meter.pause(), run.watchdog.pause():
         run.saver.settle()
         saved = resume.go_back(run.engine, run.cfg, run.ranks, state.step - state.bad_in_a_row)
     if saved is None:
-        raise NonFiniteError(
-            f"{said}. {state.bad_in_a_row} bad steps in a row, and no checkpoint before them. {_ADVICE}"
-        )
+        raise NonFiniteError(f"{said}, and no checkpoint before them. {_ADVICE}")
     run.state = gone_back(saved, state)
     run.writer.go_back(saved.step)
     event = f"rolled back from step {state.step} to {saved.step}; sequences {saved.sequence} to {state.sequence} are left out"
     run.report("event", {"step": saved.step, "event": event})
-    return True
+
+
+def weights_are_finite(run: Run) -> bool:
+    """Whether every weight is, on every rank: an update may overflow, and the checkpoints before it are then the better ones."""
+    finite = torch.stack([torch.isfinite(p).all() for p in run.model.parameters()]).all()
+    return not run.ranks.agree_any(not finite.item())
 
 
 def save(run: Run, *, wait: bool) -> None:
@@ -210,8 +228,25 @@ def save(run: Run, *, wait: bool) -> None:
             run.report("event", {"step": run.state.step, **record})
 
 
-def evaluate(run: Run) -> None:
-    """Validate every trained width, of the weights' moving average where the run keeps one, and record it."""
+def refuse_last(run: Run, losses: dict[str, float]) -> None:
+    """Set the last checkpoint aside, whose validation `losses` are not finite, and raise NonFiniteError on all ranks.
+
+    The next start goes on from the one before it, and does not find a finished run.
+    """
+    folder = checkpoint_dir(run.cfg.run_dir) / step_name(run.state.step)
+    run.saver.settle()
+    run.ranks.attempt(lambda: set_aside([folder] if run.ranks.is_main else [], "not-finite"), (OSError,))
+    raise NonFiniteError(
+        f"the validation after the last step is not finite ({', '.join(f'{name}: {loss}' for name, loss in losses.items())}); "
+        f"{folder.name} is now not-finite-{folder.name}. {_ADVICE}"
+    )
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Validate every trained width, of the weights' moving average where the run keeps one, and record it.
+
+    Returns the loss of each, the same on all ranks.
+    """
     cfg = run.cfg
     submodels = {width_name(n, cfg.model.n_heads): cfg.model.layer_widths(n) for n in cfg.model.widths}
     with run.engine.averaged():
@@ -220,6 +255,7 @@ def evaluate(run: Run) -> None:
     run.report("eval", {"step": run.state.step, "tokens": run.state.tokens, **by_name})
     if run.saved_step == run.state.step and run.ranks.is_main:
         retention.note_losses(checkpoint_dir(cfg.run_dir), run.state.step, by_name["loss"])
+    return by_name["loss"]
 
 
 def main(cfg: RunConfig) -> int:

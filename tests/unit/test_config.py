@@ -29,6 +29,11 @@ BAD_VALUES = [
     ("logging.every_steps", 0), ("logging.eval_every_steps", -1), ("logging.eval_sequences", -1),
     ("logging.wandb", "maybe"), ("logging.peak_tflops", -1.0),
     ("precision", "fp16"),
+    *((key, value) for value in (float("inf"), float("nan"), ".inf", "inf") for key in (
+        "optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm", "nesting.distill_weight",
+        "nesting.distill_temperature", "stability.spike_factor", "checkpoint.stop_margin_s", "logging.peak_tflops",
+    )),
+    ("nesting.loss_weights", [1.0, float("inf")]),
 ]  # fmt: skip
 
 

@@ -1,0 +1,89 @@
+"""A run whose end is not in order says so, keeps its good checkpoints, and is not taken for finished at the next start."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.checkpoint_reader import Reader
+from pretrain import train
+from pretrain.checkpoint import candidates, checkpoint_dir
+from pretrain.config import RunConfig
+from pretrain.engine import Engine
+from pretrain.language_task import LanguageTask
+from tests.distributed.harness import RankFailedError, run_ranks
+from tests.distributed.test_checkpoints import events, steps_on_disk, train_over_bad_data
+from tests.distributed.toy_run import losses, run_config
+
+
+def train_with_an_update_that_overflows(cfg: RunConfig, n_good: int) -> int:
+    """The update after `n_good` of them leaves a weight of the last rank that is not finite, once."""
+    step = Engine.step
+    calls = []
+
+    def overflowing(self: Engine, lr: float) -> float:
+        norm = step(self, lr)
+        calls.append(norm)
+        if len(calls) == n_good + 1:
+            self.model.final_norm.data[0] = torch.inf
+        return norm
+
+    Engine.step = overflowing
+    return train.main(cfg)
+
+
+def test_weights_that_are_not_finite_are_never_saved(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path / "a", checkpoint={"every_steps": 2})
+    assert run_ranks(2, train_with_an_update_that_overflows, cfg, 5) == [0, 0]
+    assert "rolled back from step 6 to 4; sequences 32 to 48 are left out" in [event for _, event in events(cfg)]
+    state = Reader(candidates(checkpoint_dir(cfg.run_dir))[0]).state
+    assert (state.step, state.rollbacks, state.bad_steps) == (10, 1, 0)
+    assert all(math.isfinite(loss) for _, _, found in losses(cfg) for loss in found.values())
+    late = run_config(dataset, tmp_path / "b", stability={"max_skips": 20})
+    with pytest.raises(RankFailedError, match="the weights are not finite, and not saved, and no checkpoint") as failed:
+        run_ranks(2, train_with_an_update_that_overflows, late, 3)
+    assert str(failed.value).count("NonFiniteError: step 9") == 2
+    assert steps_on_disk(late) == []
+
+
+def test_saving_in_a_streak_keeps_what_a_roll_back_needs(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(
+        dataset, tmp_path, checkpoint={"every_steps": 1, "keep_last": 1}, stability={"max_skips": 2, "max_rollbacks": 1}
+    )
+    assert run_ranks(2, train_over_bad_data, cfg, 5 * 8, 3 * 8) == [0, 0]
+    assert "rolled back from step 8 to 5; sequences 40 to 64 are left out" in [event for _, event in events(cfg)]
+    assert steps_on_disk(cfg) == [10]
+
+
+def test_a_run_that_ends_in_a_streak_is_not_finished(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path / "two")
+    for _ in range(2):  # a second start finds nothing to do, and the same end
+        with pytest.raises(RankFailedError, match="the last 2 of 10 steps updated nothing") as failed:
+            run_ranks(2, train_over_bad_data, cfg, 8 * 8, 2 * 8)
+        assert str(failed.value).count("NonFiniteError: ") == 2
+    assert run_ranks(2, train.main, run_config(dataset, tmp_path / "two", optim={"steps": 11})) == [0, 0]
+    assert run_ranks(1, train_over_bad_data, run_config(dataset, tmp_path / "one"), 9 * 8, 8) == [0]
+    only = run_config(dataset, tmp_path / "only", optim={"steps": 1, "warmup_steps": 0})
+    with pytest.raises(RankFailedError, match="the last 1 of 1 steps"):
+        run_ranks(1, train_over_bad_data, only, 0, 8)
+
+
+def train_to_a_loss_that_is_not_finite(cfg: RunConfig) -> int:
+    """The narrowest width's validation is not finite."""
+    scores = LanguageTask.scores
+    LanguageTask.scores = lambda *args: [*scores(*args)[:-1], {"loss": math.nan}]
+    return train.main(cfg)
+
+
+def test_a_last_validation_that_is_not_finite_is_no_end(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path, optim={"steps": 4}, checkpoint={"every_steps": 3})
+    with pytest.raises(RankFailedError, match=r"last step is not finite \(1: .*, 1/4: nan\)") as failed:
+        run_ranks(2, train_to_a_loss_that_is_not_finite, cfg)
+    assert str(failed.value).count("NonFiniteError: ") == 2
+    assert steps_on_disk(cfg) == [3]
+    assert (checkpoint_dir(cfg.run_dir) / "not-finite-step_00000004").is_dir()
+    assert run_ranks(2, train.main, cfg) == [0, 0]
+    assert steps_on_disk(cfg) == [3, 4]
