@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     """The run that plain nested data describes, as YAML or a checkpoint's manifest holds it."""
     task = raw.get("task", "language")
-    _require(task in TASKS, f"task={task!r}: must be one of {', '.join(TASKS)}")
+    _require(isinstance(task, str) and task in TASKS, f"task={task!r}: must be one of {', '.join(TASKS)}")
     config = _build(TASKS[task], raw, "")
     assert isinstance(config, RunConfig)
     return config

@@ -14,6 +14,7 @@ import time
 import torch.distributed as dist
 
 from pretrain.distributed import Ranks
+from pretrain.environment import lost_seconds
 
 INTERVAL_S = 5.0
 LOST_S = 60.0
@@ -26,7 +27,7 @@ class Heartbeats:
 
     def __init__(self, ranks: Ranks) -> None:
         self._rank, self._world_size = ranks.rank, ranks.world_size
-        self.lost_s = float(os.environ.get("LOST_SECONDS", LOST_S))
+        self.lost_s = lost_seconds(LOST_S)
         self.interval_s = min(INTERVAL_S, self.lost_s / 6)
         self._heard: dict[int, tuple[str, float]] = {}
         port = _free_port() if ranks.is_main else 0

@@ -1,12 +1,41 @@
-"""Whether a run's config fits the dataset that its manifest describes. Light: scripts ask before a job has GPUs."""
+"""Whether what a run's config names is there, and fits the dataset's manifest. Light: scripts ask before a job has GPUs."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from data_prep.image_schema import ImageManifest, read_image_manifest
-from data_prep.shard_schema import Manifest, file_sha256, read_manifest
+from data_prep.shard_schema import MANIFEST_NAME, Manifest, file_sha256, read_manifest
 from pretrain.config import ConfigError, DataConfig, LanguageRunConfig, RunConfig
 from pretrain.image_config import ImageDataConfig
 from pretrain.vision_config import VisionRunConfig
+
+
+def check_paths(cfg: RunConfig) -> None:
+    """Raise ConfigError where a folder or file that the config names, and that this start would read, is not there."""
+    data, checkpoint = cfg.data, cfg.checkpoint
+    if "://" not in data.path and not (Path(data.path) / "train").is_dir():
+        script = "prepare_imagenet.py" if cfg.task == "vision" else "tokenize_fineweb.py"
+        raise ConfigError(
+            f"data.path={data.path} has no folder train: name a folder that {script} wrote (DATA=... for a script of slurm/)"
+        )
+    tokenizer = getattr(data, "tokenizer", "")
+    if tokenizer and not Path(tokenizer).is_file():
+        raise ConfigError(
+            f"data.tokenizer={tokenizer}: no such file; name the one that the dataset was made with, or none"
+        )
+    if checkpoint.resume not in ("auto", "never") and not (Path(checkpoint.resume) / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"checkpoint.resume={checkpoint.resume} is no checkpoint: name a folder step_N, or auto or never"
+        )
+    source = Path(checkpoint.init_from)
+    # A run that goes on from a checkpoint of its own needs its source no more.
+    starts_anew = checkpoint.resume == "never" or not any((Path(cfg.run_dir) / "checkpoints").glob("step_*"))
+    places = (source / "config.json", source / MANIFEST_NAME, *(source / "checkpoints").glob("step_*"))
+    if checkpoint.init_from and starts_anew and not any(place.exists() for place in places):
+        raise ConfigError(
+            f"checkpoint.init_from={source} is neither a model folder, nor a checkpoint nor a run that has one: name one"
+        )
 
 
 def check_run(cfg: RunConfig) -> None:

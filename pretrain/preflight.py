@@ -7,7 +7,6 @@ configs and left-over shared memory are checked where they are used (pretrain.da
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import socket
 import time
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from modeling.flops import submodel_parameters
 from pretrain.config import RunConfig
 from pretrain.distributed import Ranks
+from pretrain.environment import all_reduce_gb_s
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def preflight(cfg: RunConfig, ranks: Ranks) -> None:
     bandwidth = _all_reduce_gb_s(ranks)
     if bandwidth is not None:
         slowest = min(ranks.gather_objects((bandwidth, socket.gethostname())))
-        least = float(os.environ.get("ALLREDUCE_GB_S", LEAST_GB_S))
+        least = all_reduce_gb_s(LEAST_GB_S)
 
         def fast_enough() -> None:
             if slowest[0] < least:

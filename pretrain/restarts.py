@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.config_io import load_config
-from pretrain.manifest_check import check_run
+from pretrain.environment import check_environment
+from pretrain.manifest_check import check_paths, check_run
 
 EXIT_REQUEUE = 75
 EXIT_MISUSED = 2
@@ -129,11 +130,8 @@ def _checked(config: str, overrides: list[str], world_size: int | None) -> RunCo
     cfg = load_config(config, overrides)
     if world_size is not None:
         cfg.grad_accum_steps(world_size)
-    script = "prepare_imagenet.py" if cfg.task == "vision" else "tokenize_fineweb.py"
-    if not (Path(cfg.data.path) / "train").is_dir() and "://" not in cfg.data.path:
-        raise ConfigError(
-            f"data.path={cfg.data.path} has no folder train: name a folder that {script} wrote (DATA=...)"
-        )
+    check_environment()
+    check_paths(cfg)
     if "://" not in cfg.data.path:
         check_run(cfg)
     return cfg

@@ -27,8 +27,10 @@ from pretrain.config_io import config_to_yaml
 from pretrain.dataset_check import dataset_sha256
 from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine
+from pretrain.environment import check_environment
 from pretrain.hardware import compute_dtype
 from pretrain.heartbeat import Heartbeats
+from pretrain.manifest_check import check_paths
 from pretrain.metrics import MetricsWriter, Record, StepMeter
 from pretrain.objective import add_gradients, graphed, step_widths
 from pretrain.optim import learning_rate
@@ -264,6 +266,8 @@ def main(cfg: RunConfig) -> int:
     _set_up_logging(ranks)
     _check_same_config(cfg, ranks)
     cfg.grad_accum_steps(ranks.world_size)  # raises where a step does not divide
+    ranks.attempt(check_environment, (ConfigError,))
+    ranks.attempt(lambda: check_paths(cfg) if ranks.is_main else None, (ConfigError,))
     ranks = with_peer_copies(ranks, cfg.parallel)
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from pretrain.environment import hang_seconds
 from pretrain.heartbeat import Heartbeats
 
 EXIT_HANG = 70
@@ -47,7 +48,7 @@ class Watchdog:
         self, run_dir: str | Path, rank: int, *, least_s: float | None = None, heartbeats: Heartbeats | None = None
     ) -> None:
         self._folder, self._rank = Path(run_dir) / "hang", rank
-        self._least_s = float(os.environ.get("HANG_SECONDS", LEAST_S)) if least_s is None else least_s
+        self._least_s = hang_seconds(LEAST_S) if least_s is None else least_s
         self._heartbeats = heartbeats
         self._silent: list[str] = []
         self._is_asked = False  # then whoever asked reports, and ends the rank

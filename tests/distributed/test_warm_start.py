@@ -107,7 +107,6 @@ def test_a_run_that_has_a_checkpoint_needs_its_source_no_more(
     [
         ("plain", {"model": {"n_layers": 3}}, "model.n_layers=3, there 2"),
         ("plain", {"model": {"vocab_size": 70}}, "model.vocab_size=70, there 64"),
-        ("absent", {}, "neither a checkpoint nor a run"),
         ("cut", {}, "model.safetensors cannot be read"),
     ],
     ids=str,

@@ -90,6 +90,7 @@ def test_distillation_needs_shared_draws_and_a_student() -> None:
         ("model.widths", 16, r"model\.widths=16: must be a list"),
         ("model.widths", [16, "x"], r"model\.widths\[1\]"),
         ("data", "shards", "data: must be a mapping"),
+        ("task", ["language"], r"task=\['language'\]: must be one of language, vision"),
         ("deterministic", 1, "deterministic=1: must be bool"),
     ],
 )
