@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modeling.ops.dropout import Drop
+from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.dropout import drop_rows
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
@@ -122,11 +123,15 @@ class _FusedMixer(torch.autograd.Function):
         inner, bc = heads * headdim, weights.in_bc.shape[0]
         projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x_md.dtype)
         x_md, projected_me = exchange.gather_times(x_md, projection)
-        projected = projected_me.unflatten(0, (batch, -1))
+        if seq_idx is None:
+            n_sequences, seq_idx = _joined(batch, len(projected_me) // batch, heads, x_md.device)
+        else:
+            n_sequences = batch
+        projected = projected_me.unflatten(0, (n_sequences, -1))
         _drop(projected, dropping)
         z, xbc, dt, _ = projected.split([inner, inner + bc, heads, _filling(projection, inner, bc, heads)], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
-        mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
+        mixed, y, states = _scan(xbc, steps, weights, shape, batch, seq_idx)
         squares = None if total is None else total(square_sums(y, z))
         normed, squares = gated_norm_forward(
             y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
@@ -136,7 +141,8 @@ class _FusedMixer(torch.autograd.Function):
         ctx.save_for_backward(
             x_md, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *kept[shape.recompute]
         )
-        ctx.shape, ctx.exchange, ctx.total, ctx.sums, ctx.dropping = shape, exchange, total, sums, dropping
+        ctx.shape, ctx.batch, ctx.exchange, ctx.total = shape, batch, exchange, total
+        ctx.sums, ctx.dropping = sums, dropping
         out: Tensor = exchange.times_leave(normed.flatten(0, 1), out_weight)
         return out
 
@@ -155,7 +161,7 @@ class _FusedMixer(torch.autograd.Function):
         parts = [inner, inner + bc, heads, filling]
         z, xbc, _, _ = projected.split(parts, dim=-1)
         if shape.recompute == "inside":
-            mixed, y, states = _scan(xbc, steps, weights, shape, seq_idx)
+            mixed, y, states = _scan(xbc, steps, weights, shape, ctx.batch, seq_idx)
             normed, _ = gated_norm_forward(
                 y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
             )
@@ -187,7 +193,9 @@ class _FusedMixer(torch.autograd.Function):
             headdim=headdim,
             seq_idx_bt=seq_idx,
         )
-        grad_conv, grad_conv_bias = conv_backward(grad_mixed, xbc, _taps(weights), seq_idx, grad_xbc)
+        given, conv_seq_idx = _as_given(xbc, ctx.batch, seq_idx)
+        grad_given, _ = _as_given(grad_xbc, ctx.batch, None)
+        grad_conv, grad_conv_bias = conv_backward(grad_mixed, given, _taps(weights), conv_seq_idx, grad_given)
         _drop(grad_projected, ctx.dropping)
         grad_projected_me = grad_projected.flatten(0, 1)
         grad_x = ctx.exchange.start_times_sum(grad_projected_me, projection)
@@ -213,14 +221,29 @@ class _FusedMixer(torch.autograd.Function):
 
 
 def _scan(
-    xbc: Tensor, steps: TimeSteps, weights: MixerWeights, shape: Shape, seq_idx: Tensor | None
+    xbc: Tensor, steps: TimeSteps, weights: MixerWeights, shape: Shape, batch: int, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The convolved channels, the scan's output, and the states before each chunk."""
-    mixed = conv_forward(xbc, _taps(weights), seq_idx)
+    given, conv_seq_idx = _as_given(xbc, batch, seq_idx)
+    mixed = conv_forward(given, _taps(weights), conv_seq_idx).view_as(xbc)
     heads, headdim = shape.heads, shape.headdim
     states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     y = scan_outputs(mixed, steps, states, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     return mixed, y, states
+
+
+def _joined(batch: int, t: int, heads: int, device: torch.device) -> tuple[int, Tensor | None]:
+    """How many sequences the scan sees, and their documents (int32): short ones are laid end to end, see sequences_joined."""
+    joined = tiles.sequences_joined(batch, t, heads)
+    if joined == 1:
+        return batch, None
+    document_k = torch.arange(joined, dtype=torch.int32, device=device)
+    return batch // joined, document_k[None, :, None].expand(batch // joined, -1, t).flatten(1).contiguous()
+
+
+def _as_given(x_btc: Tensor, batch: int, seq_idx: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The convolution's view of sequences that are joined for the scan: apart, where it has no documents to tell apart."""
+    return x_btc.view(batch, -1, x_btc.shape[-1]), seq_idx if len(x_btc) == batch else None
 
 
 def _filling(projection: Tensor, inner: int, bc: int, heads: int) -> int:

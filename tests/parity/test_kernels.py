@@ -237,6 +237,7 @@ def test_walking_two_heads_at_once_changes_no_bit(case: Case, monkeypatch: pytes
     x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     seq_idx_bt = documents(2, case.t).to(DEVICE) if case.documents else None
     mixer = mixer_of(case, LOW)
+    monkeypatch.setattr(tiles, "sequences_joined", lambda *_: 1)
     found = []
     for wanted, heads in ((10**6, 1), (0, 2)):
         monkeypatch.setattr(tiles, "WALKS_WANTED", wanted)
@@ -395,6 +396,23 @@ def test_the_fused_mixer_drops_what_the_plain_one_drops() -> None:
     by_itself = results(mixer, "fused", x_btd, n_heads, None, drop)
     for again in (by_torch, by_itself):
         assert all(torch.equal(again[name], actual[name]) for name in actual)
+
+
+def test_sequences_joined_for_the_scan_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six sequences of 36 steps in two of 108, two chunks each, against the plain mixer on six; every tensor, with drops."""
+    monkeypatch.setattr(tiles, "WALKS_WANTED", 4)
+    monkeypatch.setattr(ssd_module.upstream, "chunk_scan", lambda: None)  # the plain scan, not mamba-ssm's
+    case = Case(heads=4, headdim=24, d_state=16, t=36, width=2)
+    assert tiles.sequences_joined(6, case.t, case.width) == 3
+    x_btd = torch.randn(6, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    drop = Drop(split_mix(torch.arange(6)).to(DEVICE), torch.full((6,), 1.25, device=DEVICE), threshold_of(0.2), case.t)
+    mixer = mixer_of(case, torch.float32)
+    expected = results(mixer, "plain", x_btd, case.width, None, drop)
+    actual = results(mixer, "fused", x_btd, case.width, None, drop)
+    assert_close(actual, expected, torch.float32)
+    mixer.recompute = "inside"
+    again = results(mixer, "fused", x_btd, case.width, None, drop)
+    assert all(torch.equal(again[name], actual[name]) for name in actual)
 
 
 @pytest.mark.parametrize(("m", "v"), [(3, 5), (4, 4096), (2, 10000)])

@@ -13,6 +13,7 @@ from modeling.classification import classification_loss
 from modeling.config import VisionConfig
 from modeling.convert import cut, cut_mix, from_matmamba_vision, to_matmamba_vision
 from modeling.noise import Noise
+from modeling.ops.kernels import tiles
 from modeling.vision import VisionModel, resized_positions
 from tests.parity import oracles
 
@@ -208,7 +209,11 @@ def test_the_papers_models_have_their_size(d_model: int, millions: float) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d_model", [512, 1024])
-def test_the_gpus_kernels_equal_plain_pytorch_with_drops(d_model: int, dtype: torch.dtype) -> None:
+def test_the_gpus_kernels_equal_plain_pytorch_with_drops(
+    d_model: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "WALKS_WANTED", 8)
+    assert tiles.sequences_joined(4, 197, 8) == 4, "the scan sees all four images as one sequence"
     cfg = VisionConfig(
         n_layers=2, d_model=d_model, widths=(64, 32, 16, 8), n_classes=10, dropout=0.1, drop_path=0.5
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modeling.ops import norm
 from modeling.ops.conv import causal_conv_silu, causal_conv_silu_ref
+from modeling.ops.kernels import tiles
 from modeling.ops.ssd import ssd_chunked, ssd_ref
 
 # Float32 rounding is 6e-8 relative; sums over up to 130 steps in another order cost a few tens of them.
@@ -97,3 +98,29 @@ def test_rms_norm_equals_its_definition() -> None:
         torch.randn(2, 7, 12),
         torch.randn(12),
     )
+
+
+@pytest.mark.parametrize(
+    ("n_sequences", "t", "heads", "joined", "chunks"),
+    [
+        # Eight images of 197: 24.6 chunks instead of 32. Sixteen would save one chunk more in a hundred: too little.
+        (512, 197, 64, 8, 25),
+        (512, 197, 8, 8, 25),  # 64 sequences of 8 heads: 512 programs, of 396 wanted
+        (256, 197, 8, 4, 13),  # eight would leave 256 programs
+        (32, 197, 8, 1, 4),  # 256 programs already
+        (510, 197, 64, 6, 19),  # eight does not divide it: 18.5 chunks instead of 24
+        (509, 197, 64, 1, 4),  # a prime
+        (512, 192, 64, 1, 3),  # nothing to save
+        (512, 190, 64, 1, 3),  # 2.97 chunks instead of 3
+        (512, 65, 64, 32, 33),  # 32.5 chunks instead of 64
+        (512, 16, 64, 4, 1),  # four fill a chunk
+    ],
+    ids=str,
+)
+def test_sequences_are_joined_where_chunks_would_stand_empty(
+    n_sequences: int, t: int, heads: int, joined: int, chunks: int
+) -> None:
+    assert tiles.CHUNK == 64
+    assert tiles.WALKS_WANTED == 396
+    assert tiles.sequences_joined(n_sequences, t, heads) == joined
+    assert tiles.chunks_of(joined * t) == chunks

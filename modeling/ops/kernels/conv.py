@@ -17,6 +17,8 @@ CHANNELS = 256
 UNROLL = tl.constexpr(4)
 STAGES = tl.constexpr(3)
 """How far loads run ahead, in steps unrolled: the kernels wait for memory, not for arithmetic."""
+MOST_REGISTERS = 128
+"""Of backward: with more, which the compiler takes for documents without need (190), a multiprocessor holds one program."""
 SEGMENTS = 4
 """Stretches of the sequence that one program walks side by side, one step of each at a time: the last inputs stay in
 registers, so that each is read once."""
@@ -186,7 +188,7 @@ def conv_backward(
     inner = c - len(weights[2])
     _conv_backward[grid](
         x_btc, x_btc.stride(1), *weights, seq_idx_bt, grad_btc, grad_x_btc, grad_x_btc.stride(1), sums, t, c, inner,
-        **shape,
+        **shape, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     total_5c = sums.sum((0, 1))
     return total_5c[:4].T, total_5c[4]

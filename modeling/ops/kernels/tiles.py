@@ -27,12 +27,12 @@ def columns_of(headdim: int) -> int:
 
 LAUNCH: dict[str, dict[int, dict[str, int]]] = {
     "states": {
-        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2},
+        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2, "maxnreg": 128},
         64: {"HEADS": 1, "num_warps": 4, "num_stages": 3},
     },
     "outputs": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}},
     "state_gradients": {
-        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2},
+        32: {"HEADS": 2, "num_warps": 4, "num_stages": 2, "maxnreg": 128},
         64: {"HEADS": 1, "num_warps": 4, "num_stages": 3},
     },
     "inputs_gradients": {32: {"num_warps": 4, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}},
@@ -40,12 +40,35 @@ LAUNCH: dict[str, dict[int, dict[str, int]]] = {
 }
 """How each kernel is launched, by the width of its tile; HEADS are those that one program walks side by side. Fixed, so that
 no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100. Other GPUs search
-theirs with modeling.ops.kernels.tune."""
+theirs with modeling.ops.kernels.tune. Where documents are told apart, walks would take a few registers over 128, of which a
+multiprocessor has enough for four programs, and do without them if told to."""
 PROGRAMS_WANTED = 132 * 16
 """Several waves of an H200's 132 multiprocessors; where there are fewer chunks, heads are shared out over programs."""
 
 WALKS_WANTED = 132 * 3
 """Programs that walk sequences and run at once."""
+
+
+FULL_ENOUGH = 32
+"""Joining more sequences must save more than one chunk in this many, joining any at all twice that: each pair of steps is then
+asked whether it is of one document, and fewer programs walk longer sequences."""
+
+
+def sequences_joined(n_sequences: int, t: int, heads: int) -> int:
+    """How many of `n_sequences` sequences of `t` steps the scan sees end to end as the documents of one, so that fewer chunks
+    stand partly empty: an image of 197 steps fills four chunks and wants 3.08.
+
+    The smallest divisor of `n_sequences` after which others save next to nothing, as long as `heads` times the sequences
+    left give the GPU enough programs that walk them; 1 where too little is saved.
+    """
+    chunks = {
+        k: n_sequences // k * chunks_of(k * t)
+        for k in range(1, min(n_sequences, CHUNK) + 1)  # CHUNK sequences leave nothing empty
+        if n_sequences % k == 0 and (k == 1 or n_sequences // k * heads >= WALKS_WANTED)
+    }
+    least = min(chunks.values())
+    chosen = next(k for k, n in chunks.items() if n * FULL_ENOUGH <= least * (FULL_ENOUGH + 1))
+    return chosen if (chunks[1] - chunks[chosen]) * FULL_ENOUGH >= 2 * chunks[1] else 1
 
 
 def heads_each(heads: int, chunks: int) -> int:
