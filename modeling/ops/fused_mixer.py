@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from modeling.ops.dropout import Drop
 from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
-from modeling.ops.kernels.dropout import drop_rows
+from modeling.ops.kernels.dropout import ChannelDrop, drop_rows
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
@@ -90,10 +89,6 @@ class Exchange(Protocol):
     def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Sent: ...
 
 
-Dropping = tuple[Drop, Tensor]
-"""What is dropped of the input projection, and the number in the whole model of each of its channels (int32)."""
-
-
 def fused_mixer(
     x_md: Tensor,
     weights: MixerWeights,
@@ -104,12 +99,13 @@ def fused_mixer(
     seq_idx_bt: Tensor | None = None,
     total: Total | None = None,
     sums: Sums = NO_SUMS,
-    dropping: Dropping | None = None,
+    dropping: ChannelDrop | None = None,
 ) -> Tensor:
     """The mixer's output (x's shape and dtype) on `batch` sequences, from a zero state; autograd goes through it.
 
     Equal to the plain mixer but for rounding: chunks of the scan are the kernels' own. Without `total` this rank holds
-    every channel; with it all ranks must call. Needs what `modeling.ops.kernels.usable` checks.
+    every channel; with it all ranks must call. `dropping` is of the input projection's entries. Needs what
+    `modeling.ops.kernels.usable` checks.
     """
     out: Tensor = _FusedMixer.apply(x_md, *weights, shape, exchange, batch, seq_idx_bt, total, sums, dropping)
     return out
@@ -128,7 +124,8 @@ class _FusedMixer(torch.autograd.Function):
         else:
             n_sequences = batch
         projected = projected_me.unflatten(0, (n_sequences, -1))
-        _drop(projected, dropping)
+        if dropping is not None:
+            drop_rows(projected_me, dropping)
         z, xbc, dt, _ = projected.split([inner, inner + bc, heads, _filling(projection, inner, bc, heads)], dim=-1)
         steps = time_steps(dt, weights.dt_bias, weights.A_log)
         mixed, y, states = _scan(xbc, steps, weights, shape, batch, seq_idx)
@@ -177,10 +174,13 @@ class _FusedMixer(torch.autograd.Function):
         grad_projected = torch.empty_like(projected)
         grad_z, grad_xbc, grad_dt, grad_filling = grad_projected.split(parts, dim=-1)
         grad_filling.zero_()  # it meets rows of zeros, which a NaN would survive
+        # Each kernel drops what it stores of the projection's gradient.
+        drop_z, drop_xbc, drop_dt = _drops_of(ctx.dropping, parts)
         dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm))
         grad_y, grad_norm = gated_norm_backward(
-            grad_normed, y, z, weights.gated_norm, squares, dots, grad_z, n_channels=shape.n_channels, eps=shape.eps
-        )
+            grad_normed, y, z, weights.gated_norm, squares, dots, grad_z,
+            n_channels=shape.n_channels, eps=shape.eps, drop=drop_z,
+        )  # fmt: skip
         grad_mixed, grad_A_log, grad_bias, grad_D = scan_backward(
             grad_y,
             mixed,
@@ -192,11 +192,11 @@ class _FusedMixer(torch.autograd.Function):
             heads=heads,
             headdim=headdim,
             seq_idx_bt=seq_idx,
+            drop=drop_dt,
         )
         given, conv_seq_idx = _as_given(xbc, ctx.batch, seq_idx)
         grad_given, _ = _as_given(grad_xbc, ctx.batch, None)
-        grad_conv, grad_conv_bias = conv_backward(grad_mixed, given, _taps(weights), conv_seq_idx, grad_given)
-        _drop(grad_projected, ctx.dropping)
+        grad_conv, grad_conv_bias = conv_backward(grad_mixed, given, _taps(weights), conv_seq_idx, grad_given, drop_xbc)
         grad_projected_me = grad_projected.flatten(0, 1)
         grad_x = ctx.exchange.start_times_sum(grad_projected_me, projection)
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
@@ -251,19 +251,12 @@ def _filling(projection: Tensor, inner: int, bc: int, heads: int) -> int:
     return int(projection.shape[0]) - (2 * inner + bc + heads)
 
 
-def _drop(projected: Tensor, dropping: Dropping | None) -> None:
-    """Drop entries of the input projection, or of its gradient, in place."""
+def _drops_of(dropping: ChannelDrop | None, parts: list[int]) -> list[ChannelDrop | None]:
+    """What is dropped of each part of the input projection but its filling."""
     if dropping is None:
-        return
+        return [None] * 3
     drop, channel_c = dropping
-    drop_rows(
-        projected.flatten(0, 1),
-        drop.key_b,
-        drop.scale_b,
-        channel_c,
-        threshold=drop.threshold,
-        n_tokens=drop.n_tokens,
-    )
+    return [(drop, part_c) for part_c in channel_c.split(parts[:3])]
 
 
 def _taps(weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -374,7 +374,7 @@ def test_dropping_in_place_equals_the_plain_one_in_every_bit(rate: float, dtype:
     channel_c = torch.randperm(5000, generator=generator)[:1100].int().to(DEVICE)
     drop = some_drop(3, 7, rate)
     expected = dropped(x_mc, drop, channel_c)
-    drop_rows(x_mc, drop.key_b, drop.scale_b, channel_c, threshold=drop.threshold, n_tokens=7)
+    drop_rows(x_mc, (drop, channel_c))
     assert torch.equal(x_mc, expected)
     assert 0.9 < (x_mc[:7] == 0).float().mean() / rate < 1.1
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, entry_bits, token_words
 from modeling.ops.kernels.fast_math import sigmoid
 
 CHANNELS = 256
@@ -105,8 +106,9 @@ def _conv_forward(
 @triton.jit
 def _conv_backward(
     x_ptr, row_stride, xw_ptr, xb_ptr, bcw_ptr, bcb_ptr, seq_ptr, grad_ptr, grad_x_ptr, grad_row_stride, sums_ptr,
-    T, C, inner,
-    SEGMENTS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr, DOCS: tl.constexpr,
+    T, C, inner, key_ptr, drop_scale_ptr, channel_ptr,
+    SEGMENTS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr, DOCS: tl.constexpr, DROP: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     first = (tl.program_id(1) * SEGMENTS + tl.arange(0, SEGMENTS)) * STRETCH
     b = tl.program_id(2).to(tl.int64)
@@ -123,6 +125,10 @@ def _conv_backward(
     x2, d2 = _step(x_ptr, row_stride, seq_ptr, b, first - 1, T, channel, live, DOCS)
     next_x, next_d = _step(x_ptr, row_stride, seq_ptr, b, first, T, channel, live, DOCS)
     next_g = _gradient(grad_ptr, b, first, T, C, channel, live)
+    if DROP:
+        number = tl.load(channel_ptr + channel, mask=live, other=0)
+        key_low, key_high = tl.load(key_ptr + 2 * b), tl.load(key_ptr + 2 * b + 1)
+        drop_scale = tl.load(drop_scale_ptr + b)
     # Three steps beyond the stretch finish the gradients of its last inputs; one more makes whole rounds.
     for i in tl.range(STRETCH + UNROLL, num_stages=STAGES, loop_unroll_factor=UNROLL):
         t = first + i
@@ -141,7 +147,12 @@ def _conv_backward(
             sum_bias += g3
         # The input three steps ago was seen by it through tap 3, and now through tap 0.
         grad_x = g0 * w3 + _same(g1, d1, d0, DOCS) * w2 + _same(g2, d2, d0, DOCS) * w1 + _same(g3, d3, d0, DOCS) * w0
-        mask = ((i >= 3) & (i < STRETCH + 3) & (t - 3 < T))[:, None] & live[None, :]
+        done = (i >= 3) & (i < STRETCH + 3) & (t - 3 < T)
+        mask = done[:, None] & live[None, :]
+        if DROP:
+            word, second = token_words(key_low, key_high, t - 3)
+            kept = entry_bits(word[:, None], second[:, None], number[None, :]) >= THRESHOLD
+            grad_x = tl.where(kept, grad_x * drop_scale, 0.0)
         place = (b * T + t - 3)[:, None] * grad_row_stride + channel[None, :]
         tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         x0, x1, x2 = x1, x2, x3
@@ -178,17 +189,24 @@ def conv_forward(x_btc: Tensor, weights: Weights, seq_idx_bt: Tensor | None) -> 
 
 
 def conv_backward(
-    grad_btc: Tensor, x_btc: Tensor, weights: Weights, seq_idx_bt: Tensor | None, grad_x_btc: Tensor
+    grad_btc: Tensor,
+    x_btc: Tensor,
+    weights: Weights,
+    seq_idx_bt: Tensor | None,
+    grad_x_btc: Tensor,
+    drop: ChannelDrop | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write x's gradient into `grad_x_btc` (a slice of wider rows is fine); return those of the taps (c 4) and the bias
-    (c) of the channels in use, float32."""
+    """Write x's gradient into `grad_x_btc` (a slice of wider rows is fine), with entries dropped as `drop` says; return those
+    of the taps (c 4) and the bias (c) of the channels in use, float32."""
     b, t, c = x_btc.shape
     grid, shape = _launch(t, c, b, seq_idx_bt)
     sums = torch.empty(b, grid[1], 5, c, dtype=torch.float32, device=x_btc.device)
+    assert drop is None or drop[0].n_tokens == t, "each sequence is an image"
+    pointers, flags = drop_arguments(drop)
     inner = c - len(weights[2])
     _conv_backward[grid](
         x_btc, x_btc.stride(1), *weights, seq_idx_bt, grad_btc, grad_x_btc, grad_x_btc.stride(1), sums, t, c, inner,
-        **shape, maxnreg=MOST_REGISTERS,
+        *pointers[:3], **shape, **flags, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     total_5c = sums.sum((0, 1))
     return total_5c[:4].T, total_5c[4]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import sigmoid
 
 THREADS = 132 * 2048
@@ -73,12 +74,15 @@ def _gated_row_dots(
 @triton.jit
 def _gated_backward(
     grad_ptr, y_ptr, z_ptr, z_stride, weight_ptr, sums_ptr, dots_ptr, grad_y_ptr, grad_z_ptr, grad_z_stride,
-    grad_weight_ptr, rows, I, channels, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OWN_SUM: tl.constexpr,
+    grad_weight_ptr, rows, I, channels, eps, key_ptr, drop_scale_ptr, channel_ptr, n_tokens,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OWN_SUM: tl.constexpr, DROP: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < I, other=0.0)
     grad_weight = tl.zeros([BLOCK], tl.float32)
+    if DROP:
+        channel = tl.load(channel_ptr + column, mask=column < I, other=0)
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (column < I)[None, :]
@@ -97,6 +101,8 @@ def _gated_backward(
         grad_y = grad_u * silu
         grad_z = grad_u * y * sigma * (1.0 + z * (1.0 - sigma))
         tl.store(grad_y_ptr + row[:, None] * I + column[None, :], grad_y.to(grad_y_ptr.dtype.element_ty), mask=mask)
+        if DROP:
+            grad_z = dropped(grad_z, key_ptr, drop_scale_ptr, n_tokens, row, channel, row < rows, THRESHOLD)
         place = row[:, None] * grad_z_stride + column[None, :]
         tl.store(grad_z_ptr + place, grad_z.to(grad_z_ptr.dtype.element_ty), mask=mask)
     tl.store(grad_weight_ptr + tl.program_id(0) * I + column, grad_weight, mask=column < I)
@@ -152,8 +158,10 @@ def gated_norm_backward(
     *,
     n_channels: int,
     eps: float,
+    drop: ChannelDrop | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write z's gradient into `grad_z_bti` (a slice is fine); return y's (y's dtype) and the weight's (float32).
+    """Write z's gradient into `grad_z_bti` (a slice is fine), with entries dropped as `drop` says; return y's (y's dtype) and
+    the weight's (float32).
 
     `dots_bt` is `row_dots` summed over ranks, or None where this rank holds every channel.
     """
@@ -164,8 +172,9 @@ def gated_norm_backward(
     row_bytes = 3 * shape["BLOCK"] * y_bti.element_size()
     stages = max(1, min(4, BYTES_AHEAD // row_bytes + 1))
     grad_weight = torch.empty(programs, i, dtype=torch.float32, device=y_bti.device)
+    pointers, flags = drop_arguments(drop)
     _gated_backward[(programs,)](
         grad_bti, y_bti, z_bti, z_bti.stride(1), weight_i, sums_bt, dots_bt, grad_y, grad_z_bti, grad_z_bti.stride(1),
-        grad_weight, b * t, i, n_channels, eps, **shape, STAGES=stages, OWN_SUM=dots_bt is None,
+        grad_weight, b * t, i, n_channels, eps, *pointers, **shape, STAGES=stages, OWN_SUM=dots_bt is None, **flags,
     )  # fmt: skip
     return grad_y, grad_weight.sum(0)

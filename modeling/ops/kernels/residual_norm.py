@@ -13,23 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.ops.kernels.dropout import entry_bits, row_words
+from modeling.ops.kernels.dropout import dropped
 
 SMALLEST = tl.constexpr(1e-30)
 THREADS = 132 * 2048
 """What an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
 BranchDrop = tuple[Tensor, Tensor, int, int, int]
 """key_b, scale_b, threshold, n_tokens, first_row of modeling.ops.dropout.Drop."""
-
-
-@triton.jit
-def _drop(branch, key_ptr, drop_scale_ptr, n_tokens, first_row, row, column, live, THRESHOLD: tl.constexpr):
-    image = (row + first_row) // n_tokens
-    branch = branch * tl.load(drop_scale_ptr + image, mask=live, other=0.0)[:, None]
-    if THRESHOLD > 0:  # else whole images alone are dropped
-        first, second = row_words(key_ptr, image, (row + first_row) % n_tokens, live)
-        branch = tl.where(entry_bits(first[:, None], second[:, None], column[None, :]) >= THRESHOLD, branch, 0.0)
-    return branch
 
 
 @triton.jit
@@ -47,9 +37,8 @@ def _residual_forward(
     if BRANCH:
         branch = tl.load(branch_ptr + place, mask=mask, other=0.0).to(tl.float32)
         if DROP:
-            branch = _drop(
-                branch, key_ptr, drop_scale_ptr, n_tokens, first_row, row, column, row < rows, THRESHOLD
-            )  # fmt: skip
+            token = row + first_row
+            branch = dropped(branch, key_ptr, drop_scale_ptr, n_tokens, token, column, row < rows, THRESHOLD)
         x += branch
         tl.store(sum_ptr + place, x, mask=mask)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0)
@@ -101,9 +90,8 @@ def _residual_backward(
         tl.store(grad_x_ptr + place, grad_x, mask=mask)
         if BRANCH:
             if DROP:
-                grad_x = _drop(
-                    grad_x, key_ptr, drop_scale_ptr, n_tokens, first_row, row, column, row < rows, THRESHOLD
-                )  # fmt: skip
+                token = row + first_row
+                grad_x = dropped(grad_x, key_ptr, drop_scale_ptr, n_tokens, token, column, row < rows, THRESHOLD)
             tl.store(grad_branch_ptr + place, grad_x.to(grad_branch_ptr.dtype.element_ty), mask=mask)
     tl.store(grad_weight_ptr + tl.program_id(0) * width + column, grad_weight, mask=column < width)
     if LAYER:

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import exp, rounded
 from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
 from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, walk_of
@@ -165,8 +166,8 @@ def _group_gradients(
 @triton.jit
 def _rate_gradients(
     delta_ptr, A_log_ptr, rows_ptr, reached_ptr, decayed_ptr,
-    grad_dt_ptr, dt_stride, sums_ptr, T, H, n_chunks,
-    CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
+    grad_dt_ptr, dt_stride, sums_ptr, T, H, n_chunks, key_ptr, drop_scale_ptr, channel_ptr, n_tokens,
+    CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr, DROP: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
     h = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)
@@ -191,8 +192,12 @@ def _rate_gradients(
     A = -exp(tl.load(A_log_ptr + h, mask=owned, other=0.0))
     grad_delta = grad_rate * A[None, :] + tl.where(delta > 0.0, by_source / tl.where(delta > 0.0, delta, 1.0), 0.0)
     grad_dt = grad_delta * slope
+    stored = grad_dt
+    if DROP:
+        number = tl.load(channel_ptr + h, mask=owned, other=0)
+        stored = dropped(stored, key_ptr, drop_scale_ptr, n_tokens, b * T + t, number, t < T, THRESHOLD)
     out = grad_dt_ptr + (b * T + t)[:, None] * dt_stride + h[None, :]
-    tl.store(out, grad_dt.to(grad_dt_ptr.dtype.element_ty), mask=(t < T)[:, None] & owned[None, :])
+    tl.store(out, stored.to(grad_dt_ptr.dtype.element_ty), mask=(t < T)[:, None] & owned[None, :])
     skipped = tl.load(rows_ptr + place * 4 + 3, mask=mask, other=0.0)
     out = sums_ptr + (b * n_chunks + c) * 3 * H + h
     tl.store(out, tl.sum(grad_rate * delta, axis=0) * A, mask=owned)
@@ -212,10 +217,12 @@ def scan_backward(
     heads: int,
     headdim: int,
     seq_idx_bt: Tensor | None,
+    drop: ChannelDrop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of [x | B | C] (contiguous, in its dtype), and of A_log, dt_bias and D (float32, `heads` of them).
 
-    dt's gradient is written into `grad_dt_bth`, which may be a slice of wider rows. `grad_y_bti` is contiguous.
+    dt's gradient is written into `grad_dt_bth`, which may be a slice of wider rows, with entries dropped as `drop` says.
+    `grad_y_bti` is contiguous.
     """
     b, t, width = mixed_btc.shape
     h, n_chunks, columns, dtype = heads, chunks_of(t), columns_of(headdim), mixed_btc.dtype
@@ -245,9 +252,10 @@ def scan_backward(
         t, h, n_chunks, **shape, **launch_of("group_gradients", columns, dtype),
     )  # fmt: skip
     sums = torch.empty(b, n_chunks, 3, h, dtype=torch.float32, device=mixed_btc.device)
+    pointers, flags = drop_arguments(drop)
     _rate_gradients[(n_chunks, triton.cdiv(h, 16), b)](
-        steps.delta, A_log_h, rows, reached, decayed, grad_dt_bth, grad_dt_bth.stride(1), sums, t, h, n_chunks,
-        CHUNK=CHUNK, HEADS_AT_ONCE=16, num_warps=4,
+        steps.delta, A_log_h, rows, reached, decayed, grad_dt_bth, grad_dt_bth.stride(1), sums, t, h, n_chunks, *pointers,
+        CHUNK=CHUNK, HEADS_AT_ONCE=16, **flags, num_warps=4,
     )  # fmt: skip
     grad_A_log, grad_bias, grad_D = sums.sum((0, 1)).unbind()
     return grad_mixed, grad_A_log, grad_bias, grad_D
