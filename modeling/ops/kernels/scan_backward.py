@@ -86,6 +86,9 @@ def _inputs_gradients(
     doc, _, to_end, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
     visible = (l[:, None] >= l[None, :]) & (doc[:, None] == doc[None, :])
     scores = tl.where(visible, tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
+    if DOCS:
+        # From here on B only meets what reaches the end of the chunk: masked once, it costs the loop no register.
+        B = tl.where(to_end[:, None] > 0.0, B, 0.0).to(B.dtype)
     grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     for h in range(part * heads_each, tl.minimum((part + 1) * heads_each, H)):
         steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
@@ -98,7 +101,7 @@ def _inputs_gradients(
         x32 = x.to(tl.float32)
         dy32 = dy.to(tl.float32)
 
-        grad_x = tl.dot(B, dS, input_precision="ieee") * (tl.exp2(end - source) * to_end)[:, None]
+        grad_x = tl.dot(B, dS, input_precision="ieee") * tl.exp2(end - source)[:, None]
         sent = tl.sum(grad_x * x32, axis=1)
         skipped = tl.sum(dy32 * x32, axis=1)
         weights = reach(decay, source)
@@ -129,7 +132,10 @@ def _group_gradients(
     l = tl.arange(0, CHUNK)
     t = c * CHUNK
     C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
-    _, from_before, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+    _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+    if DOCS:
+        # What the state before the chunk does not reach: masked here and after the loop, which has no register left for it.
+        C = tl.where(from_before[:, None] > 0.0, C, 0.0).to(C.dtype)
     grad_C = tl.zeros([CHUNK, N], tl.float32)
     grad_B = tl.zeros([CHUNK, N], tl.float32)
     for h in range(H):
@@ -139,9 +145,9 @@ def _group_gradients(
         dS = grad_state_tiles.load([row * N, 0])
         dy = dy_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
         x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
-        into = tl.exp2(tl.load(decay_ptr + steps + l)) * from_before
+        into = tl.exp2(tl.load(decay_ptr + steps + l))
         end = tl.load(decay_ptr + steps + CHUNK - 1)
-        sent = tl.exp2(end - tl.load(source_ptr + steps + l)) * to_end
+        sent = tl.exp2(end - tl.load(source_ptr + steps + l))
         dy_into = dy.to(tl.float32) * into[:, None]
         carried = tl.dot(C, S, input_precision="ieee")
         tl.store(reached_ptr + steps + l, tl.sum(carried * dy_into, axis=1))
@@ -150,6 +156,11 @@ def _group_gradients(
         grad_C = tl.dot(dy_into.to(dy.dtype), tl.trans(S), grad_C, input_precision="ieee")
         x_sent = (x.to(tl.float32) * sent[:, None]).to(x.dtype)
         grad_B = tl.dot(x_sent, tl.trans(dS), grad_B, input_precision="ieee")
+    if DOCS:
+        C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
+        _, from_before, to_end, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+        grad_C = tl.where(from_before[:, None] > 0.0, grad_C, 0.0)
+        grad_B = tl.where(to_end[:, None] > 0.0, grad_B, 0.0)
     # d(C B^T) of the chunk: the sum of what each part of the heads left.
     grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     for part in range(parts):
