@@ -243,7 +243,10 @@ def _joined(batch: int, t: int, heads: int, device: torch.device) -> tuple[int, 
 
 def _as_given(x_btc: Tensor, batch: int, seq_idx: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The convolution's view of sequences that are joined for the scan: apart, where it has no documents to tell apart."""
-    return x_btc.view(batch, -1, x_btc.shape[-1]), seq_idx if len(x_btc) == batch else None
+    if len(x_btc) == batch:
+        return x_btc, seq_idx
+    t, row = x_btc.shape[0] * x_btc.shape[1] // batch, x_btc.stride(1)
+    return x_btc.as_strided((batch, t, x_btc.shape[2]), (t * row, row, 1)), None  # a view forgets `row` where t is 1
 
 
 def _filling(projection: Tensor, inner: int, bc: int, heads: int) -> int:
