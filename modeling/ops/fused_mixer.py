@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
-from modeling.ops.kernels.dropout import ChannelDrop, drop_rows
+from modeling.ops.kernels.dropout import ChannelDrop
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
@@ -124,14 +124,15 @@ class _FusedMixer(torch.autograd.Function):
         else:
             n_sequences = batch
         projected = projected_me.unflatten(0, (n_sequences, -1))
-        if dropping is not None:
-            drop_rows(projected_me, dropping)
-        z, xbc, dt, _ = projected.split([inner, inner + bc, heads, _filling(projection, inner, bc, heads)], dim=-1)
-        steps = time_steps(dt, weights.dt_bias, weights.A_log)
-        mixed, y, states = _scan(xbc, steps, weights, shape, batch, seq_idx)
-        squares = None if total is None else total(square_sums(y, z))
+        parts = [inner, inner + bc, heads, _filling(projection, inner, bc, heads)]
+        z, xbc, dt, _ = projected.split(parts, dim=-1)
+        # Dropped by each kernel that reads them, and in backward by each that writes their gradients.
+        drop_z, drop_xbc, drop_dt = _drops_of(dropping, parts)
+        steps = time_steps(dt, weights.dt_bias, weights.A_log, drop_dt)
+        mixed, y, states = _scan(xbc, steps, weights, shape, batch, seq_idx, drop_xbc)
+        squares = None if total is None else total(square_sums(y, z, drop_z))
         normed, squares = gated_norm_forward(
-            y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
+            y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps, drop=drop_z
         )
         out_weight = weights.out[:, :inner].to(x_md.dtype)
         kept = {"none": (mixed, y, normed, states), "states": (mixed, y, normed, None), "inside": (None,) * 4}
@@ -157,10 +158,11 @@ class _FusedMixer(torch.autograd.Function):
         filling = _filling(projection, inner, bc, heads)
         parts = [inner, inner + bc, heads, filling]
         z, xbc, _, _ = projected.split(parts, dim=-1)
+        drop_z, drop_xbc, drop_dt = _drops_of(ctx.dropping, parts)
         if shape.recompute == "inside":
-            mixed, y, states = _scan(xbc, steps, weights, shape, ctx.batch, seq_idx)
+            mixed, y, states = _scan(xbc, steps, weights, shape, ctx.batch, seq_idx, drop_xbc)
             normed, _ = gated_norm_forward(
-                y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps
+                y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps, drop=drop_z
             )
         elif states is None:
             states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
@@ -174,9 +176,7 @@ class _FusedMixer(torch.autograd.Function):
         grad_projected = torch.empty_like(projected)
         grad_z, grad_xbc, grad_dt, grad_filling = grad_projected.split(parts, dim=-1)
         grad_filling.zero_()  # it meets rows of zeros, which a NaN would survive
-        # Each kernel drops what it stores of the projection's gradient.
-        drop_z, drop_xbc, drop_dt = _drops_of(ctx.dropping, parts)
-        dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm))
+        dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm, drop_z))
         grad_y, grad_norm = gated_norm_backward(
             grad_normed, y, z, weights.gated_norm, squares, dots, grad_z,
             n_channels=shape.n_channels, eps=shape.eps, drop=drop_z,
@@ -221,11 +221,17 @@ class _FusedMixer(torch.autograd.Function):
 
 
 def _scan(
-    xbc: Tensor, steps: TimeSteps, weights: MixerWeights, shape: Shape, batch: int, seq_idx: Tensor | None
+    xbc: Tensor,
+    steps: TimeSteps,
+    weights: MixerWeights,
+    shape: Shape,
+    batch: int,
+    seq_idx: Tensor | None,
+    drop: ChannelDrop | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The convolved channels, the scan's output, and the states before each chunk."""
     given, conv_seq_idx = _as_given(xbc, batch, seq_idx)
-    mixed = conv_forward(given, _taps(weights), conv_seq_idx).view_as(xbc)
+    mixed = conv_forward(given, _taps(weights), conv_seq_idx, drop).view_as(xbc)
     heads, headdim = shape.heads, shape.headdim
     states = scan_states(mixed, steps, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)
     y = scan_outputs(mixed, steps, states, weights.D, heads=heads, headdim=headdim, seq_idx_bt=seq_idx)

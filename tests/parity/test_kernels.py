@@ -20,8 +20,10 @@ from modeling.mixer import Mixer, initial_values
 from modeling.ops import ssd as ssd_module
 from modeling.ops.dropout import Drop, dropped, dropped_float, split_mix, threshold_of
 from modeling.ops.kernels import tiles
+from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
-from modeling.ops.kernels.dropout import drop_rows
+from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
+from modeling.ops.kernels.scan_common import time_steps
 from modeling.ops.norm import add_norm_fused, layer_norm, rms_norm
 from modeling.tensor_parallel import Pending, TensorParallel
 
@@ -366,17 +368,57 @@ def some_drop(images: int, n_tokens: int, rate: float, first_row: int = 0) -> Dr
     return Drop(key_b, scale_b, threshold_of(rate), n_tokens, first_row)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
 @pytest.mark.parametrize("rate", [0.1, 0.9])
-def test_dropping_in_place_equals_the_plain_one_in_every_bit(rate: float, dtype: torch.dtype) -> None:
+def test_kernels_drop_the_very_entries_that_the_definition_drops(rate: float) -> None:
+    """Each kernel that reads or writes a part of the projection, in and out, with images joined where the scan sees them."""
+    b, t, i, n, h = 3, 7, 48, 16, 3
     generator = torch.Generator().manual_seed(0)
-    x_mc = torch.randn(3 * 7, 1100, generator=generator).to(DEVICE, dtype)
-    channel_c = torch.randperm(5000, generator=generator)[:1100].int().to(DEVICE)
-    drop = some_drop(3, 7, rate)
-    expected = dropped(x_mc, drop, channel_c)
-    drop_rows(x_mc, (drop, channel_c))
-    assert torch.equal(x_mc, expected)
-    assert 0.9 < (x_mc[:7] == 0).float().mean() / rate < 1.1
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    channel_c = torch.randperm(5000, generator=generator)[: i + 2 * n].int().to(DEVICE)
+    entries = Drop(
+        split_mix(torch.arange(b)).to(DEVICE), torch.tensor([1.5, 1.25, 2.0]).to(DEVICE), threshold_of(rate), t
+    )
+
+    def plain(x_btc: Tensor) -> Tensor:
+        return dropped(x_btc.flatten(0, 1), entries, channel_c[: x_btc.shape[-1]]).view_as(x_btc)
+
+    def same(ours: Tensor, theirs: Tensor) -> None:
+        """But for rounding: a compiler may contract what it is given in two ways. An entry too many or too few is off by 1."""
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    y, z, weight, grad = randn(b, t, i), randn(b, t, i), randn(i), randn(b, t, i)
+    drop = (entries, channel_c[:i])
+    out, _ = gated_norm_forward(y, z, weight, None, n_channels=i, eps=1e-5, drop=drop)
+    expected, expected_sums = gated_norm_forward(y, plain(z), weight, None, n_channels=i, eps=1e-5)
+    same(out, expected)
+    same(square_sums(y, z, drop), square_sums(y, plain(z)))
+    same(row_dots(grad, y, z, weight, drop), row_dots(grad, y, plain(z), weight))
+    grads = torch.empty(2, b, t, i, device=DEVICE)
+    for into, seen, how in ((grads[0], z, drop), (grads[1], plain(z), None)):
+        gated_norm_backward(grad, y, seen, weight, expected_sums, None, into, n_channels=i, eps=1e-5, drop=how)
+    same(grads[0], plain(grads[1]))
+
+    c = i + 2 * n
+    taps, x, grad = (randn(i, 4), randn(i), randn(2 * n, 4), randn(2 * n)), randn(b, t, c), randn(b, t, c)
+    drop = (entries, channel_c)
+    same(conv_forward(x, taps, None, drop), conv_forward(plain(x), taps, None))
+    grads = torch.empty(2, b, t, c, device=DEVICE)
+    sums_of = [
+        conv_backward(grad, seen, taps, None, into, how)
+        for into, seen, how in ((grads[0], x, drop), (grads[1], plain(x), None))
+    ]
+    same(grads[0], plain(grads[1]))
+    for ours, theirs in zip(*sums_of, strict=True):
+        same(ours, theirs)
+
+    dt, bias = randn(b, t, h), randn(h)
+    joined = [x_bth.view(1, b * t, h) for x_bth in (dt, plain(dt))]
+    found = [time_steps(x, bias, bias, how) for x, how in zip(joined, ((entries, channel_c[:h]), None), strict=True)]
+    for ours, theirs in zip(*found, strict=True):
+        same(ours, theirs)
 
 
 def test_the_fused_mixer_drops_what_the_plain_one_drops() -> None:

@@ -31,16 +31,32 @@ an H200 this was the fastest: 1.2 times the floor forward, 1.5 times backward.""
 
 
 @triton.jit
-def _step(x_ptr, row_stride, seq_ptr, b, t, T, channel, live, DOCS: tl.constexpr):
-    """x at one step of each stretch, zero outside the sequence, float32; and the steps' documents."""
+def _image(key_ptr, drop_scale_ptr, channel_ptr, b, channel, live, DROP: tl.constexpr):
+    """What decides which entries of sequence `b` are dropped: the halves of its key, the scale of the others, and the channels'
+    numbers."""
+    if DROP:
+        numbers = tl.load(channel_ptr + channel, mask=live, other=0)
+        return tl.load(key_ptr + 2 * b), tl.load(key_ptr + 2 * b + 1), tl.load(drop_scale_ptr + b), numbers
+    else:
+        return 0, 0, 1.0, channel
+
+
+@triton.jit
+def _step(
+    x_ptr, row_stride, seq_ptr, b, t, T, channel, live, image,
+    DOCS: tl.constexpr, DROP: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """x at one step of each stretch, zero outside the sequence, float32; the steps' documents; and which entries are kept."""
     inside = (t >= 0) & (t < T)
-    x = tl.load(
-        x_ptr + (b * T + t)[:, None] * row_stride + channel[None, :],
-        mask=inside[:, None] & live[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    kept = inside[:, None] & live[None, :]
+    x = tl.load(x_ptr + (b * T + t)[:, None] * row_stride + channel[None, :], mask=kept, other=0.0).to(tl.float32)
+    if DROP:
+        low, high, scale, number = image
+        word, second = token_words(low, high, t)
+        kept = entry_bits(word[:, None], second[:, None], number[None, :]) >= THRESHOLD
+        x = tl.where(kept, x * scale, 0.0)
     doc = tl.load(seq_ptr + b * T + t, mask=inside, other=-1) if DOCS else t
-    return x, doc
+    return x, doc, kept
 
 
 @triton.jit
@@ -77,22 +93,25 @@ def _weights(x_weight_ptr, x_bias_ptr, bc_weight_ptr, bc_bias_ptr, channel, inne
 @triton.jit
 def _conv_forward(
     x_ptr, row_stride, xw_ptr, xb_ptr, bcw_ptr, bcb_ptr, seq_ptr, out_ptr, T, C, inner,
-    SEGMENTS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr, DOCS: tl.constexpr,
+    key_ptr, drop_scale_ptr, channel_ptr,
+    SEGMENTS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr, DOCS: tl.constexpr, DROP: tl.constexpr,
+    THRESHOLD: tl.constexpr, N_TOKENS: tl.constexpr,
 ):  # fmt: skip
     first = (tl.program_id(1) * SEGMENTS + tl.arange(0, SEGMENTS)) * STRETCH
     b = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     live = channel < C
     bias, w0, w1, w2, w3 = _weights(xw_ptr, xb_ptr, bcw_ptr, bcb_ptr, channel, inner, live)
-    x0, d0 = _step(x_ptr, row_stride, seq_ptr, b, first - 3, T, channel, live, DOCS)
-    x1, d1 = _step(x_ptr, row_stride, seq_ptr, b, first - 2, T, channel, live, DOCS)
-    x2, d2 = _step(x_ptr, row_stride, seq_ptr, b, first - 1, T, channel, live, DOCS)
+    image = _image(key_ptr, drop_scale_ptr, channel_ptr, b, channel, live, DROP)
+    x0, d0, _ = _step(x_ptr, row_stride, seq_ptr, b, first - 3, T, channel, live, image, DOCS, DROP, THRESHOLD)
+    x1, d1, _ = _step(x_ptr, row_stride, seq_ptr, b, first - 2, T, channel, live, image, DOCS, DROP, THRESHOLD)
+    x2, d2, _ = _step(x_ptr, row_stride, seq_ptr, b, first - 1, T, channel, live, image, DOCS, DROP, THRESHOLD)
     # Each step's load is issued a step early: its latency passes behind the arithmetic.
-    next_x, next_d = _step(x_ptr, row_stride, seq_ptr, b, first, T, channel, live, DOCS)
+    next_x, next_d, _ = _step(x_ptr, row_stride, seq_ptr, b, first, T, channel, live, image, DOCS, DROP, THRESHOLD)
     for i in tl.range(STRETCH, num_stages=STAGES, loop_unroll_factor=UNROLL):
         t = first + i
         x3, d3 = next_x, next_d
-        next_x, next_d = _step(x_ptr, row_stride, seq_ptr, b, t + 1, T, channel, live, DOCS)
+        next_x, next_d, _ = _step(x_ptr, row_stride, seq_ptr, b, t + 1, T, channel, live, image, DOCS, DROP, THRESHOLD)
         total = (
             bias + _same(x0, d0, d3, DOCS) * w0 + _same(x1, d1, d3, DOCS) * w1 + _same(x2, d2, d3, DOCS) * w2 + x3 * w3
         )
@@ -108,7 +127,7 @@ def _conv_backward(
     x_ptr, row_stride, xw_ptr, xb_ptr, bcw_ptr, bcb_ptr, seq_ptr, grad_ptr, grad_x_ptr, grad_row_stride, sums_ptr,
     T, C, inner, key_ptr, drop_scale_ptr, channel_ptr,
     SEGMENTS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr, DOCS: tl.constexpr, DROP: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    THRESHOLD: tl.constexpr, N_TOKENS: tl.constexpr,
 ):  # fmt: skip
     first = (tl.program_id(1) * SEGMENTS + tl.arange(0, SEGMENTS)) * STRETCH
     b = tl.program_id(2).to(tl.int64)
@@ -120,20 +139,19 @@ def _conv_backward(
     # g0 to g2: the gradients at what SiLU saw, three, two and one steps ago. Nothing that is stored depends on these
     # first values, but they must differ: Triton 3.6 merges a rotation's variables into one where they start equal.
     g0, g1, g2 = zero + 1.0, zero + 2.0, zero + 3.0
-    x0, d0 = _step(x_ptr, row_stride, seq_ptr, b, first - 3, T, channel, live, DOCS)
-    x1, d1 = _step(x_ptr, row_stride, seq_ptr, b, first - 2, T, channel, live, DOCS)
-    x2, d2 = _step(x_ptr, row_stride, seq_ptr, b, first - 1, T, channel, live, DOCS)
-    next_x, next_d = _step(x_ptr, row_stride, seq_ptr, b, first, T, channel, live, DOCS)
+    image = _image(key_ptr, drop_scale_ptr, channel_ptr, b, channel, live, DROP)
+    x0, d0, k0 = _step(x_ptr, row_stride, seq_ptr, b, first - 3, T, channel, live, image, DOCS, DROP, THRESHOLD)
+    x1, d1, k1 = _step(x_ptr, row_stride, seq_ptr, b, first - 2, T, channel, live, image, DOCS, DROP, THRESHOLD)
+    x2, d2, k2 = _step(x_ptr, row_stride, seq_ptr, b, first - 1, T, channel, live, image, DOCS, DROP, THRESHOLD)
+    next_x, next_d, next_k = _step(x_ptr, row_stride, seq_ptr, b, first, T, channel, live, image, DOCS, DROP, THRESHOLD)
     next_g = _gradient(grad_ptr, b, first, T, C, channel, live)
-    if DROP:
-        number = tl.load(channel_ptr + channel, mask=live, other=0)
-        key_low, key_high = tl.load(key_ptr + 2 * b), tl.load(key_ptr + 2 * b + 1)
-        drop_scale = tl.load(drop_scale_ptr + b)
     # Three steps beyond the stretch finish the gradients of its last inputs; one more makes whole rounds.
     for i in tl.range(STRETCH + UNROLL, num_stages=STAGES, loop_unroll_factor=UNROLL):
         t = first + i
-        x3, d3, g3 = next_x, next_d, next_g
-        next_x, next_d = _step(x_ptr, row_stride, seq_ptr, b, t + 1, T, channel, live, DOCS)
+        x3, d3, k3, g3 = next_x, next_d, next_k, next_g
+        next_x, next_d, next_k = _step(
+            x_ptr, row_stride, seq_ptr, b, t + 1, T, channel, live, image, DOCS, DROP, THRESHOLD
+        )
         next_g = _gradient(grad_ptr, b, t + 1, T, C, channel, live)
         s0, s1, s2 = _same(x0, d0, d3, DOCS), _same(x1, d1, d3, DOCS), _same(x2, d2, d3, DOCS)
         total = bias + s0 * w0 + s1 * w1 + s2 * w2 + x3 * w3
@@ -150,12 +168,11 @@ def _conv_backward(
         done = (i >= 3) & (i < STRETCH + 3) & (t - 3 < T)
         mask = done[:, None] & live[None, :]
         if DROP:
-            word, second = token_words(key_low, key_high, t - 3)
-            kept = entry_bits(word[:, None], second[:, None], number[None, :]) >= THRESHOLD
-            grad_x = tl.where(kept, grad_x * drop_scale, 0.0)
+            grad_x = tl.where(k0, grad_x * image[2], 0.0)
         place = (b * T + t - 3)[:, None] * grad_row_stride + channel[None, :]
         tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         x0, x1, x2 = x1, x2, x3
+        k0, k1, k2 = k1, k2, k3
         d0, d1, d2 = d1, d2, d3
         g0, g1, g2 = g1, g2, g3
     out = sums_ptr + ((b * tl.num_programs(1) + tl.program_id(1)) * 5) * C + channel
@@ -178,13 +195,22 @@ def _launch(t: int, c: int, batch: int, seq_idx_bt: Tensor | None) -> tuple[tupl
     }
 
 
-def conv_forward(x_btc: Tensor, weights: Weights, seq_idx_bt: Tensor | None) -> Tensor:
-    """silu(convolution), contiguous, in x's dtype. `x_btc` = [x | B | C] may be a slice of wider rows."""
+def _drop_arguments(drop: ChannelDrop | None, t: int) -> tuple[list[Tensor | None], dict[str, int | bool]]:
+    assert drop is None or drop[0].n_tokens == t, "each sequence is an image"
+    return drop_arguments(drop)
+
+
+def conv_forward(x_btc: Tensor, weights: Weights, seq_idx_bt: Tensor | None, drop: ChannelDrop | None = None) -> Tensor:
+    """silu(convolution), contiguous, in x's dtype, of `x_btc` = [x | B | C] with entries dropped as `drop` says. It may be a
+    slice of wider rows."""
     b, t, c = x_btc.shape
     out = torch.empty(b, t, c, dtype=x_btc.dtype, device=x_btc.device)
     grid, shape = _launch(t, c, b, seq_idx_bt)
     inner = c - len(weights[2])
-    _conv_forward[grid](x_btc, x_btc.stride(1), *weights, seq_idx_bt, out, t, c, inner, **shape)
+    pointers, flags = _drop_arguments(drop, t)
+    _conv_forward[grid](
+        x_btc, x_btc.stride(1), *weights, seq_idx_bt, out, t, c, inner, *pointers, **shape, **flags
+    )  # fmt: skip
     return out
 
 
@@ -196,17 +222,16 @@ def conv_backward(
     grad_x_btc: Tensor,
     drop: ChannelDrop | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write x's gradient into `grad_x_btc` (a slice of wider rows is fine), with entries dropped as `drop` says; return those
-    of the taps (c 4) and the bias (c) of the channels in use, float32."""
+    """Write x's gradient into `grad_x_btc` (a slice of wider rows is fine), with the entries dropped that forward dropped;
+    return those of the taps (c 4) and the bias (c) of the channels in use, float32."""
     b, t, c = x_btc.shape
     grid, shape = _launch(t, c, b, seq_idx_bt)
     sums = torch.empty(b, grid[1], 5, c, dtype=torch.float32, device=x_btc.device)
-    assert drop is None or drop[0].n_tokens == t, "each sequence is an image"
-    pointers, flags = drop_arguments(drop)
+    pointers, flags = _drop_arguments(drop, t)
     inner = c - len(weights[2])
     _conv_backward[grid](
         x_btc, x_btc.stride(1), *weights, seq_idx_bt, grad_btc, grad_x_btc, grad_x_btc.stride(1), sums, t, c, inner,
-        *pointers[:3], **shape, **flags, maxnreg=MOST_REGISTERS,
+        *pointers, **shape, **flags, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     total_5c = sums.sum((0, 1))
     return total_5c[:4].T, total_5c[4]

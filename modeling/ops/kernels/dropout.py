@@ -1,4 +1,4 @@
-"""Dropout in place, and the hash that decides it, for other kernels too; see modeling/ops/dropout.py for the definition."""
+"""Dropout within other kernels, and the hash that decides it; see modeling/ops/dropout.py for the definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from modeling.ops.dropout import Drop
 
-BLOCK = 1024
 ChannelDrop = tuple[Drop, Tensor]
 """What is dropped of rows of channels, and the number in the whole model of each channel (int32)."""
 GOLDEN = tl.constexpr(0x9E3779B9)
@@ -67,46 +66,11 @@ def dropped(x, key_ptr, scale_ptr, n_tokens, row, channel, live, THRESHOLD: tl.c
     return x
 
 
-@triton.jit
-def _drop_rows(
-    x_ptr, key_ptr, scale_ptr, channel_ptr, n_tokens, width, channels, rows,
-    THRESHOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = row < rows
-    channel = tl.load(channel_ptr + column, mask=column < channels, other=0)
-    mask = live[:, None] & (column < channels)[None, :]
-    place = x_ptr + row[:, None] * width + column[None, :]
-    x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    x = dropped(x, key_ptr, scale_ptr, n_tokens, row, channel, live, THRESHOLD)
-    tl.store(place, x.to(x_ptr.dtype.element_ty), mask=mask)
-
-
-def drop_arguments(drop: ChannelDrop | None) -> tuple[list[Tensor | int | None], dict[str, int | bool]]:
-    """For a kernel that drops what it stores: key_ptr, drop_scale_ptr, channel_ptr, n_tokens; and DROP and THRESHOLD."""
+def drop_arguments(drop: ChannelDrop | None) -> tuple[list[Tensor | None], dict[str, int | bool]]:
+    """For a kernel that drops what it reads or stores: key_ptr, drop_scale_ptr, channel_ptr; and DROP, THRESHOLD, N_TOKENS,
+    which is constant since a division by it in every row is not free."""
     if drop is None:
-        return [None, None, None, 1], {"DROP": False, "THRESHOLD": 0}
+        return [None, None, None], {"DROP": False, "THRESHOLD": 0, "N_TOKENS": 1}
     entries, channel_c = drop
-    pointers: list[Tensor | int | None] = [
-        entries.key_b.view(torch.int32),
-        entries.scale_b,
-        channel_c,
-        entries.n_tokens,
-    ]
-    return pointers, {"DROP": True, "THRESHOLD": entries.threshold}
-
-
-def drop_rows(x_mc: Tensor, drop: ChannelDrop) -> None:
-    """Drop and scale the entries of `x_mc` (contiguous, m from token 0 of image 0 on) in place.
-
-    Its rows may be longer than the drop's channels.
-    """
-    rows, width = x_mc.shape
-    entries, channel_c = drop
-    channels, each = channel_c.numel(), 4
-    grid = (triton.cdiv(rows, each), triton.cdiv(channels, BLOCK))
-    _drop_rows[grid](
-        x_mc, entries.key_b.view(torch.int32), entries.scale_b, channel_c, entries.n_tokens, width, channels, rows,
-        THRESHOLD=entries.threshold, ROWS=each, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    pointers: list[Tensor | None] = [entries.key_b.view(torch.int32), entries.scale_b, channel_c]
+    return pointers, {"DROP": True, "THRESHOLD": entries.threshold, "N_TOKENS": entries.n_tokens}

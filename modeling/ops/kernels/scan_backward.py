@@ -177,8 +177,9 @@ def _group_gradients(
 @triton.jit
 def _rate_gradients(
     delta_ptr, A_log_ptr, rows_ptr, reached_ptr, decayed_ptr,
-    grad_dt_ptr, dt_stride, sums_ptr, T, H, n_chunks, key_ptr, drop_scale_ptr, channel_ptr, n_tokens,
-    CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr, DROP: tl.constexpr, THRESHOLD: tl.constexpr,
+    grad_dt_ptr, dt_stride, sums_ptr, T, H, n_chunks, key_ptr, drop_scale_ptr, channel_ptr,
+    CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr, DROP: tl.constexpr,
+    THRESHOLD: tl.constexpr, N_TOKENS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
     h = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)
@@ -206,7 +207,7 @@ def _rate_gradients(
     stored = grad_dt
     if DROP:
         number = tl.load(channel_ptr + h, mask=owned, other=0)
-        stored = dropped(stored, key_ptr, drop_scale_ptr, n_tokens, b * T + t, number, t < T, THRESHOLD)
+        stored = dropped(stored, key_ptr, drop_scale_ptr, N_TOKENS, b * T + t, number, t < T, THRESHOLD)
     out = grad_dt_ptr + (b * T + t)[:, None] * dt_stride + h[None, :]
     tl.store(out, stored.to(grad_dt_ptr.dtype.element_ty), mask=(t < T)[:, None] & owned[None, :])
     skipped = tl.load(rows_ptr + place * 4 + 3, mask=mask, other=0.0)

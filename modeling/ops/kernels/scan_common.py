@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import LOG2_E, exp
 from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of
 
@@ -39,7 +40,9 @@ class TimeSteps(NamedTuple):
 @triton.jit
 def _time_steps(
     dt_ptr, row_stride, bias_ptr, A_log_ptr, delta_ptr, decay_ptr, source_ptr, T, H, padded,
-    CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
+    key_ptr, drop_scale_ptr, channel_ptr,
+    CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr, DROP: tl.constexpr,
+    THRESHOLD: tl.constexpr, N_TOKENS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     h = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)
@@ -47,6 +50,9 @@ def _time_steps(
     live = h < H
     mask = (t < T)[:, None] & live[None, :]
     raw = tl.load(dt_ptr + (b * T + t)[:, None] * row_stride + h[None, :], mask=mask, other=0.0).to(tl.float32)
+    if DROP:
+        number = tl.load(channel_ptr + h, mask=live, other=0)
+        raw = dropped(raw, key_ptr, drop_scale_ptr, N_TOKENS, b * T + t, number, t < T, THRESHOLD)
     raw += tl.load(bias_ptr + h, mask=live, other=0.0)[None, :]
     # log(1 + e^v) without overflow, and without losing a small e^v beside the 1.
     small = tl.exp(-tl.abs(raw))
@@ -108,14 +114,15 @@ def state_tiles(states: Tensor) -> TensorDescriptor:
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [states.shape[3], columns_of(states.shape[4])])
 
 
-def time_steps(dt_bth: Tensor, dt_bias_h: Tensor, A_log_h: Tensor) -> TimeSteps:
-    """`dt_bth` may be a slice of wider rows; bias and A_log may have more heads than it."""
+def time_steps(dt_bth: Tensor, dt_bias_h: Tensor, A_log_h: Tensor, drop: ChannelDrop | None = None) -> TimeSteps:
+    """Of `dt_bth` with entries dropped as `drop` says. It may be a slice of wider rows; bias and A_log may have more heads."""
     b, t, h = dt_bth.shape
     padded = chunks_of(t) * CHUNK
     steps = TimeSteps(*torch.empty(3, b, h, padded, dtype=torch.float32, device=dt_bth.device).unbind())
     grid = (chunks_of(t), triton.cdiv(h, HEADS_AT_ONCE), b)
+    pointers, flags = drop_arguments(drop)
     _time_steps[grid](
-        dt_bth, dt_bth.stride(1), dt_bias_h, A_log_h, *steps, t, h, padded,
-        CHUNK=CHUNK, HEADS_AT_ONCE=HEADS_AT_ONCE, num_warps=4,
+        dt_bth, dt_bth.stride(1), dt_bias_h, A_log_h, *steps, t, h, padded, *pointers,
+        CHUNK=CHUNK, HEADS_AT_ONCE=HEADS_AT_ONCE, **flags, num_warps=4,
     )  # fmt: skip
     return steps
