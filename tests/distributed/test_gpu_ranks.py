@@ -89,7 +89,10 @@ def test_a_layout_trains_as_one_gpu(layout: list[str], config: Path, alone: Path
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]])
 def test_a_killed_ranks_run_goes_on_on_one_gpu(layout: list[str], config: Path, alone: Path, tmp_path: Path) -> None:
     """Rank 1 dies in step 8, after the save at 5; one GPU takes it from there, on the same data."""
-    killed = start_run(2, "tests.distributed.test_gpu_ranks", config, f"run_dir={tmp_path}", *layout, DIE_IN_STEP="7")
+    # Three steps take a GPU milliseconds: a save that is written meanwhile may not be whole when the rank dies.
+    saved = "checkpoint.asynchronous=false"
+    arguments = [config, f"run_dir={tmp_path}", saved, *layout]
+    killed = start_run(2, "tests.distributed.test_gpu_ranks", *arguments, DIE_IN_STEP="7")
     assert killed.returncode != 0, "a rank was killed"
     assert "Signal 9 (SIGKILL)" in said(killed)
     assert max(record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")) < 8
