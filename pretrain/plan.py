@@ -50,7 +50,8 @@ WIDTH_USED = 0.4
 """What these kernels gain of a wider memory: on an H200, 1.43 times as wide, they took 0.85 of the H100's time. What else they
 do, exponentials and sums over a tile, is as fast on both."""
 UPDATE_S, UPDATE_HOST_S = 21e-12, 0.022
-"""DeepSpeed's step, on an H200: a parameter (its copies of all, and AdamW of the shard, half and half), and in any case."""
+"""The update, on an H200: a parameter (copies of all, and AdamW of the shard, half and half), and in any case. Measured with
+DeepSpeed's own step; pretrain.flat_update's has no copies: an upper bound."""
 HOST_S = {"none": 3.4e-3, "states": 3.4e-3, "selective": 3.8e-3, "block": 4.6e-3}
 """What the host needs to launch one layer of one pass where passes are no CUDA graphs: more than the GPU takes for 370M and
 790M. Measured while DeepSpeed's hooks were still on every pass: an upper bound."""
@@ -58,6 +59,8 @@ RESERVED_GIB = 4.0
 """CUDA context, NCCL's buffers, fragmentation."""
 LATENCY_S = 20e-6
 """Of one collective."""
+PEER_COPY_GB_S = 369.0
+"""One way, of copies from GPU to GPU, in which mixers send under sequence parallelism (parallel.peer_copies)."""
 NVLINK_GB_S = 200.0
 """One way, of a ring on two H200s: 287 where nothing else ran, 167 to 248 beside matrix products
 (docs/benchmarks/scaling_h200_202611.md)."""
@@ -206,9 +209,13 @@ def _link_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> tuple[float, floa
     sizes = {"tp": tp, "dp": cfg.data_parallel(world_size)}
     spans = {"tp": tp > cluster.gpus_per_node, "dp": world_size > cluster.gpus_per_node}
     seconds = {"tp": 0.0, "dp": 0.0}
+    copies = cfg.parallel.sequence and cfg.parallel.peer_copies == "auto" and not spans["tp"]
     for row in collectives(cfg, world_size):
         n = sizes[row.over]
         gb_s = cluster.network_gb_s if spans[row.over] else cluster.nvlink_gb_s
+        if copies and row.over == "tp" and row.per_pass >= cfg.model.n_layers and row.operation != "all-reduce":
+            # Inputs and outputs of mixers, and their gradients: faster than collectives by as much as was measured.
+            gb_s *= PEER_COPY_GB_S / NVLINK_GB_S
         rounds = 2 if row.operation == "all-reduce" else 1
         seconds[row.over] += row.per_step * LATENCY_S + rounds * (n - 1) / n * row.bytes_per_step / (gb_s * 1e9)
     return seconds["tp"], seconds["dp"]

@@ -30,7 +30,7 @@ LAYOUTS = [
     for run in json.loads((BENCHMARKS / "scaling_h200_202611.json").read_text())
     for row in run["rows"]
     # The first run's tp 2 was launched kernel by kernel and sent nothing beside anything, as nothing does any more.
-    if row["tensor"] == 1 or any(sent["beside_others"] for sent in row["collectives"].values())
+    if row["tensor"] == 1 or not run["commit"].startswith("7d8a672")
 ]
 
 
@@ -64,7 +64,8 @@ def test_one_gpu_is_predicted_as_measured(row: dict[str, Any]) -> None:
 def test_a_layout_is_predicted_as_measured(run: dict[str, Any], row: dict[str, Any]) -> None:
     """Whole steps, update and collectives included, on one and two H200s of one host."""
     size = Path(run["config"]).stem.removeprefix("lm_")
-    cfg = config(size, *run["overrides"], f"parallel.tensor={row['tensor']}")
+    before_copies = ["parallel.peer_copies=never"] if run["commit"].startswith("061b820") else []
+    cfg = config(size, *run["overrides"], *before_copies, f"parallel.tensor={row['tensor']}")
     cfg = replace(cfg, data=replace(cfg.data, tokens_per_step=row["tokens_per_step"]))
     hosts = Cluster(
         nodes=1, gpus_per_node=row["world_size"], gpu="H200", nvlink_gb_s=NVLINK_GB_S, network_gb_s=NVLINK_GB_S
