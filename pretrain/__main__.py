@@ -9,8 +9,9 @@ import argparse
 import os
 import sys
 
-from pretrain.config import ConfigError, language_run
+from pretrain.config import language_run
 from pretrain.config_io import load_config
+from pretrain.config_sections import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from modeling.model_folder import save_model
 from modeling.nesting import LayerWidths
 from modeling.search import read_widths
 from pretrain.checkpoint_model import find_checkpoint, load_language_model
-from pretrain.config import ConfigError, DataConfig
+from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.data import Batch, TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from pretrain.config import ConfigError, LanguageRunConfig, RunConfig
+from pretrain.config import LanguageRunConfig, RunConfig
+from pretrain.config_sections import ConfigError
 from pretrain.vision_config import VisionRunConfig
 
 TASKS: dict[str, type[RunConfig]] = {"language": LanguageRunConfig, "vision": VisionRunConfig}

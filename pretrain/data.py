@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_prep.shard_schema import TOKENS_COLUMN, Manifest
-from pretrain.config import ConfigError, DataConfig
+from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.dataset_check import manifest_of
 from pretrain.shard_store import DatasetError, RowStore
 from pretrain.stream import FileOrder, RowOrder, StepLoader

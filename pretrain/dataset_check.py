@@ -10,7 +10,8 @@ from pathlib import Path
 from streaming.base.storage import CloudDownloader
 
 from data_prep.shard_schema import INDEX_NAME, MANIFEST_NAME, Manifest, file_sha256, read_manifest
-from pretrain.config import ConfigError, DataConfig, SampleData
+from pretrain.config import SampleData
+from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.manifest_check import check_manifest
 from pretrain.shard_store import DatasetError
 

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from modeling.tensor_parallel import TensorParallel
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 
 START_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a collective waits for a rank before the job fails."""

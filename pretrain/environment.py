@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 
 
 def hang_seconds(default: float) -> float:

@@ -17,7 +17,8 @@ from modeling.checkpoint_reader import WEIGHTS, WEIGHTS_HELP, CheckpointError
 from modeling.nesting import uniform, width_name
 from modeling.search import read_widths
 from pretrain.checkpoint_model import load_model
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
+from pretrain.config_sections import ConfigError
 from pretrain.distributed import close_ranks, init_ranks
 from pretrain.task import Scores
 from pretrain.tasks import task_of

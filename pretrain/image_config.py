@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 
 
 def _require(ok: bool, message: str) -> None:

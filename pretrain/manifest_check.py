@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_prep.image_schema import ImageManifest, read_image_manifest
 from data_prep.shard_schema import MANIFEST_NAME, Manifest, file_sha256, read_manifest
-from pretrain.config import ConfigError, DataConfig, LanguageRunConfig, RunConfig
+from pretrain.config import LanguageRunConfig, RunConfig
+from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.image_config import ImageDataConfig
 from pretrain.vision_config import VisionRunConfig
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from modeling.config import BackboneConfig
 from modeling.loss import Loss
 from modeling.nesting import LayerWidths
-from pretrain.config import NestingConfig, RunConfig
+from pretrain.config import RunConfig
+from pretrain.config_sections import NestingConfig
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.passes import GraphedPasses

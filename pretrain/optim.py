@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pretrain.config import OptimConfig
+from pretrain.config_sections import OptimConfig
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig) -> list[dict[str, Any]]:

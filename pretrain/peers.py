@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from modeling.peer_exchange import PeerExchange
 from modeling.symmetric_mail import SymmetricMail
-from pretrain.config import ParallelConfig
+from pretrain.config_sections import ParallelConfig
 from pretrain.distributed import Ranks
 
 logger = logging.getLogger(__name__)

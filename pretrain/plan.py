@@ -17,7 +17,8 @@ from rich.table import Table
 from modeling import nesting
 from modeling.flops import local_parameters, training_flops_per_token
 from pretrain.collectives import collectives, passes_per_step
-from pretrain.config import ConfigError, LanguageRunConfig
+from pretrain.config import LanguageRunConfig
+from pretrain.config_sections import ConfigError
 from pretrain.dry_run import plain_console
 from pretrain.hardware import GPU_PEAK_TFLOPS
 from pretrain.memory import Memory, estimate

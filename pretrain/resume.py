@@ -12,7 +12,8 @@ from typing import TypeVar
 from modeling.checkpoint_reader import EMA, CheckpointError, Reader, RunState
 from modeling.tensor_parallel import layout_of, local_part
 from pretrain import checkpoint
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
+from pretrain.config_sections import ConfigError
 from pretrain.distributed import RankError, Ranks
 from pretrain.engine import Engine
 from pretrain.same_run import seq_lens, state_to_go_on_from

@@ -7,7 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
-from pretrain.config import CheckpointConfig
+from pretrain.config_sections import CheckpointConfig
 
 BEST = "best.json"
 """In the folder of checkpoints: width name to {"step", "loss"} of its best validation that has a checkpoint."""

@@ -17,7 +17,7 @@ import socket
 import time
 from pathlib import Path
 
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 
 logger = logging.getLogger(__name__)
 

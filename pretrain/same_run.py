@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from modeling.checkpoint_reader import RunState
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.config_io import config_to_plain
+from pretrain.config_sections import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from modeling.inference import InferenceModel
 from modeling.nesting import parse_layer_widths
 from modeling.sampling import Sampling
 from pretrain.checkpoint_model import load_language_model
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import replace
 
 from modeling.checkpoint_reader import RunState
-from pretrain.config import StabilityConfig
+from pretrain.config_sections import StabilityConfig
 
 
 class NonFiniteError(RuntimeError):

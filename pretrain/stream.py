@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 
 WINDOW_SHARDS = 16
 WORKER_TIMEOUT_S = 1800.0

@@ -16,8 +16,8 @@ import yaml
 
 from modeling.flops import submodel_parameters
 from modeling.nesting import uniform, width_name
-from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict
+from pretrain.config_sections import ConfigError
 from pretrain.metrics import read_metrics
 from pretrain.status import find_runs
 

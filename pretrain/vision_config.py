@@ -8,7 +8,8 @@ from typing import Literal
 from modeling.config import VisionConfig
 from modeling.flops import training_flops_per_image
 from modeling.nesting import LayerWidths
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
+from pretrain.config_sections import ConfigError
 from pretrain.image_config import AugmentConfig, ImageDataConfig
 
 

@@ -18,8 +18,9 @@ from modeling.models import logical_shapes
 from modeling.tensor_parallel import layout_of, local_part
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.checkpoint_model import find_checkpoint
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict
+from pretrain.config_sections import ConfigError
 from pretrain.distributed import RankError, Ranks
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PREAMBLE = """
 import os, sys, time, torch
 from torch import distributed as dist
-from pretrain.config import DataConfig
+from pretrain.config_sections import DataConfig
 from pretrain.data import TokenLoader, validation_batches
 path, cache, rank, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if size > 1:

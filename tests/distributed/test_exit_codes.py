@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.__main__ import main
-from pretrain.config import ConfigError
 from pretrain.config_io import config_to_yaml
+from pretrain.config_sections import ConfigError
 from pretrain.distributed import RankError, init_ranks
 from pretrain.restarts import main as restarts
 from pretrain.train import main as train

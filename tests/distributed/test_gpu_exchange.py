@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modeling import tensor_parallel
 from modeling.tensor_parallel import TensorParallel
-from pretrain.config import ParallelConfig
+from pretrain.config_sections import ParallelConfig
 from pretrain.distributed import close_ranks, init_ranks
 from pretrain.peers import with_peer_copies
 from tests.distributed.harness import run_python

@@ -21,8 +21,8 @@ from pretrain import train
 from pretrain.augment import normalised, training_inputs
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.checkpoint_model import load_model
-from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict
+from pretrain.config_sections import ConfigError
 from pretrain.distributed import init_ranks
 from pretrain.evaluate import main as evaluate
 from pretrain.images import ImageBatch, ImageLoader, validation_images

@@ -15,7 +15,8 @@ from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
 from modeling.model_folder import load_model
 from pretrain import train
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
+from pretrain.config_sections import ConfigError
 from pretrain.data import TokenLoader
 from tests.distributed.harness import RankFailedError, run_ranks
 from tests.distributed.toy_run import losses, run_config

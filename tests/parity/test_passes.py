@@ -13,8 +13,8 @@ from modeling.language import LanguageModel
 from modeling.loss import Loss
 from modeling.nesting import LayerWidths
 from modeling.vision import VisionModel
-from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict
+from pretrain.config_sections import ConfigError
 from pretrain.gradients import GradientBuffer
 from pretrain.passes import GraphedPasses, Pass, PassInputs, why_launched
 from pretrain.vision_task import VisionInputs

@@ -30,8 +30,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from modeling.language import LanguageModel
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict, config_to_plain, load_config
+from pretrain.config_sections import ConfigError
 from pretrain.data import Batch
 from pretrain.distributed import Ranks, close_ranks, init_ranks
 from pretrain.engine import Engine

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from pretrain.augment import Draws, erased, mixing_weights, normalised, smoothed, training_inputs
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 from pretrain.image_config import AugmentConfig
 from pretrain.images import ImageBatch
 

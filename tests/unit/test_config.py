@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config import ConfigError
 from pretrain.config_io import config_from_dict, config_to_yaml, load_config
+from pretrain.config_sections import ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 

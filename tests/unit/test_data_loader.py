@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_prep.shard_schema import Manifest
 from data_prep.shard_writer import ShardLayout, SplitState, SplitWriter, write_atomic, write_index
-from pretrain.config import ConfigError, DataConfig
+from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.data import TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.shard_store import SHM_DIR, DatasetError, RowStore, _release, _segments

@@ -13,7 +13,7 @@ import torch
 
 from data_prep.image_schema import IMAGE_COLUMN, IMAGE_COLUMNS, LABEL_COLUMN, NAME_COLUMN, read_image_manifest
 from data_prep.shard_schema import SHARD_HASH, read_manifest
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 from pretrain.image_config import AugmentConfig, ImageDataConfig
 from pretrain.images import ImageBatch, ImageLoader, check_image_dataset, validation_images
 from pretrain.shard_store import DatasetError, RowStore

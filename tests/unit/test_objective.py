@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from modeling.config import LanguageConfig
-from pretrain.config import ConfigError, NestingConfig
 from pretrain.config_io import config_from_dict
+from pretrain.config_sections import ConfigError, NestingConfig
 from pretrain.objective import WeightedWidth, step_widths
 
 MODEL = LanguageConfig(n_layers=6, d_model=32, headdim=8, widths=(8, 4, 2, 1), vocab_size=64)

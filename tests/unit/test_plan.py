@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from pretrain.__main__ import main
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.config_io import load_config
+from pretrain.config_sections import ConfigError
 from pretrain.memory import estimate
 from pretrain.plan import GIB, GPUS, NVLINK_GB_S, RESERVED_GIB, Cluster, plan, predict
 

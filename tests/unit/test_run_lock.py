@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import ConfigError
+from pretrain.config_sections import ConfigError
 from pretrain.run_lock import LOCK, RunLock
 
 HOLD = """
@@ -77,5 +78,6 @@ def test_a_file_system_without_locks_is_said(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", none)
+    caplog.set_level(logging.WARNING)
     RunLock(tmp_path).release()
     assert "has no locks (No locks available)" in caplog.text

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from modeling.checkpoint_reader import RunState
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.config_io import config_to_plain
+from pretrain.config_sections import ConfigError
 from pretrain.dataset_check import dataset_sha256
 from pretrain.same_run import DATASET, state_to_go_on_from
 from tests.datasets import write_image_dataset, write_token_dataset
@@ -89,6 +90,7 @@ def test_what_else_changes_is_a_line_each(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_a_checkpoint_from_before_a_key_existed_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     cfg = run_config(ROOT, tmp_path)
     old = {"config": config_to_plain(run_config(Path("/old/shards"), tmp_path))}
     del old["config"]["stability"], old["config"]["parallel"]["peer_copies"], old["config"]["data"]["n_workers"]
