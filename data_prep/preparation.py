@@ -101,6 +101,10 @@ class Preparation:
             raise ValueError(
                 f"--world-size {self.world_size}, but {len(self.sources)} input files: files are what jobs share"
             )
+        if 0 < self.max_tokens < self.world_size:
+            raise ValueError(
+                f"--max-tokens {self.max_tokens} over {self.world_size} jobs: some would have none, use fewer jobs"
+            )
 
     @property
     def part(self) -> str:

@@ -165,6 +165,14 @@ def test_max_tokens_ends_with_a_whole_document(folder: Path, tmp_path: Path) -> 
     assert len(ids) - 1 - max(i for i, token in enumerate(ids[:-1]) if token == eos) < 1000 or eos not in ids[999:-1]
 
 
+def test_an_array_shares_out_no_fewer_tokens_than_it_has_jobs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A share of nothing would be all that there is."""
+    assert prepare(folder, tmp_path / "out", "--max-tokens", "1", "--rank", "1", "--world-size", "2") == 2
+    assert "--max-tokens 1 over 2 jobs" in capsys.readouterr().err
+
+
 def test_filters(tmp_path: Path) -> None:
     path = corpus.write_parquet(
         tmp_path / "f.parquet",
