@@ -35,7 +35,10 @@ class Mail(Protocol):
     rank: int
 
     def send(self, tray: int, to: int, x: Tensor) -> None:
-        """Start to write contiguous `x` into the tray of rank `to`; x must stay as it is until `finish`."""
+        """Start to write contiguous `x` into the tray of rank `to`; x must stay as it is until `finish`.
+
+        A sum's letters are no longer than the gather's before it: trays never have to grow in the middle of one.
+        """
 
     def receive(self, tray: int, sender: int, like: Tensor) -> Tensor:
         """What `sender` wrote: of the shape and dtype of `like`. Valid until the tray's next turn."""

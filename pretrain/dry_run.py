@@ -108,6 +108,7 @@ def _memory_table(cfg: RunConfig, world_size: int) -> Table:
         "optimizer state": memory.optimizer,
         "activations": memory.activations,
         "transient": memory.transient,
+        "peers' trays": memory.trays,
         "total": memory.total,
     }
     for name in parts:

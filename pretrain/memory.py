@@ -36,11 +36,13 @@ class Memory:
     """Kept from forward for backward."""
     transient: int
     """Alive for a moment at the peak: the loss's logits, a block's gradients, or under ZeRO 2 the update's flat gradients."""
+    trays: int
+    """What tensor-parallel peers write into, outside torch's allocator (modeling.symmetric_mail)."""
 
     @property
     def total(self) -> int:
         """The peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient + self.trays
 
 
 def estimate(cfg: RunConfig, world_size: int) -> Memory:
@@ -68,7 +70,15 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
         optimizer=(2 + copies + bool(cfg.optim.ema_decay)) * shard * FLOAT,
         activations=activations,
         transient=max(in_backward, copies * shard * FLOAT - activations),
+        trays=_tray_bytes(cfg, tokens),
     )
+
+
+def _tray_bytes(cfg: RunConfig, tokens: int) -> int:
+    """A tray for each of the three kinds of letters and each rank, of that rank's tokens."""
+    parallel = cfg.parallel
+    sends = parallel.sequence and parallel.tensor > 1 and parallel.peer_copies == "auto"
+    return 3 * tokens * cfg.model.d_model * BF16 if sends and parallel.activation_checkpointing != "block" else 0
 
 
 @dataclass(frozen=True)

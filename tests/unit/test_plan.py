@@ -79,6 +79,15 @@ def test_zero_2_keeps_a_master_copy() -> None:
     assert 3 * one.optimizer == 2 * two.optimizer == 6 * two.parameters / 4
 
 
+def test_trays_of_peers_are_counted_where_there_are_any() -> None:
+    layout = ["parallel.tensor=2", "parallel.sequence=true"]
+    with_peers, without = (
+        estimate(config("1b4", *layout, f"parallel.peer_copies={how}"), 2) for how in ("auto", "never")
+    )
+    assert with_peers.total - without.total == with_peers.trays == 3 * 16384 * 2048 * 2
+    assert estimate(config("1b4", *layout, "parallel.activation_checkpointing=block"), 2).trays == without.trays == 0
+
+
 @pytest.mark.parametrize(("nodes", "gpus", "gpu"), [(1, 1, "H200"), (1, 8, "A100"), (4, 8, "H100")])
 def test_every_planned_layout_fits_and_divides_the_step(nodes: int, gpus: int, gpu: str) -> None:
     plans = plan(config("1b4"), cluster(nodes, gpus, gpu))
