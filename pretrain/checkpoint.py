@@ -81,18 +81,23 @@ def commit(root: Path, step: int, manifest: dict[str, Any]) -> Path:
     _sync_folder(temporary)
     temporary.rename(final)
     _sync_folder(root)
-    _write_synced(root / ".latest", final.name + "\n")
-    (root / ".latest").rename(root / "latest")
-    _sync_folder(root)
+    _point_latest_at(root, final.name)
     return final
 
 
 def set_aside(folders: list[Path], why: str) -> None:
-    """Rename checkpoints to `why`-step_N, so that neither resuming nor pruning counts them; people may look into them."""
+    """Rename checkpoints of one run to `why`-step_N, so that neither resuming nor pruning counts them; people may look into
+    them. `latest` then names the newest of the others."""
     for folder in folders:
         target = folder.with_name(f"{why}-{folder.name}")
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
+    for root in {folder.parent for folder in folders}:
+        left = candidates(root)
+        if left:
+            _point_latest_at(root, left[0].name)
+        else:
+            (root / "latest").unlink(missing_ok=True)
 
 
 def abandon(root: Path, step: int) -> None:
@@ -113,6 +118,12 @@ def _write_synced(path: Path, text: str) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+
+
+def _point_latest_at(root: Path, name: str) -> None:
+    _write_synced(root / ".latest", name + "\n")
+    (root / ".latest").rename(root / "latest")
+    _sync_folder(root)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -29,7 +29,7 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "
 
     With "auto", checkpoints that are damaged or incomplete are skipped with a warning that says what is wrong with them,
     and set aside once a whole one was found. Raises CheckpointError where a named checkpoint is damaged, or where every
-    one is: starting anew over them is for people to decide. Raises ConfigError where run_dir holds later checkpoints than
+    one is, or was set aside with a validation that is not finite: starting anew over them is for people to decide. Raises ConfigError where run_dir holds later checkpoints than
     the one to start from: pruning and the next "auto" would take those for this run's; and where that one is no checkpoint of this
     run (pretrain.same_run).
     """
@@ -61,6 +61,12 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "
         if ranks.is_main:
             logger.info("resumed from %s: step %d, %d tokens", folder, state.step, state.tokens)
         return state
+    refused = sorted(root.glob("not-finite-*")) if ranks.is_main else []
+    if any(ranks.gather_objects(refused)):
+        raise CheckpointError(
+            f"{root} has no checkpoint to go on from, only one that was set aside because its validation was not finite: "
+            "remove it to start anew"
+        )
     if damaged:
         raise CheckpointError(
             f"every checkpoint in {root} is damaged (see the warnings above): mend or remove them to start anew"

@@ -29,11 +29,18 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _WAY_OUT = "wait until it has ended, end it, or give this run a run_dir of its own"
 
 
+class HeldElsewhereError(RuntimeError):
+    """A process on another node holds the folder, or held it and its node is gone without the file system having noticed."""
+
+
 class RunLock:
     """This process's hold on a run's folder, which is made where it is not there. One rank makes it."""
 
     def __init__(self, run_dir: str | Path, *, lease_s: float = LEASE_S) -> None:
-        """Raises ConfigError where a live process holds it, saying which one, or the folder cannot be written."""
+        """Raises ConfigError where a live process of this node holds it, saying which one, or the folder cannot be written;
+        HeldElsewhereError where one of another node does after `lease_s`: a dead node's lock may last longer, and a later
+        start find it free.
+        """
         self._file = -1
         path = Path(run_dir) / LOCK
         try:
@@ -42,8 +49,11 @@ class RunLock:
             end, is_waiting = time.monotonic() + lease_s, False
             while not self._take():
                 holder = self._holder()
-                if holder.get("host", socket.gethostname()) == socket.gethostname() or time.monotonic() > end:
-                    raise ConfigError(f"run_dir={run_dir} is in use by {_described(holder)}: {_WAY_OUT}")
+                in_use = f"run_dir={run_dir} is in use by {_described(holder)}"
+                if holder.get("host", socket.gethostname()) == socket.gethostname():
+                    raise ConfigError(f"{in_use}: {_WAY_OUT}")
+                if time.monotonic() > end:
+                    raise HeldElsewhereError(f"{in_use}, still after {lease_s:.0f} s: {_WAY_OUT}")
                 if not is_waiting:
                     logger.warning(
                         "run_dir=%s: waiting %.0f s for the lock of %s", run_dir, lease_s, _described(holder)
@@ -54,7 +64,7 @@ class RunLock:
         except OSError as error:
             self.release()
             raise ConfigError(f"run_dir={run_dir} cannot be written: {error}") from None
-        except ConfigError:
+        except (ConfigError, HeldElsewhereError):
             self.release()
             raise
 

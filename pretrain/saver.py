@@ -107,15 +107,20 @@ class Saver:
         manifest[DATASET] = self._dataset_sha256
         step, main = self._state.step, self._ranks.is_main
         self._attempt(lambda: checkpoint.commit(self._root, step, manifest) if main else None)
-        if main:
-            self._report_prune()
-        if main and not self._state.bad_in_a_row:  # else a roll-back may want those from before the streak
-            self._prune = self._thread.submit(retention.prune, self._root, self._cfg.checkpoint)
+        # In a streak of bad steps a roll-back may want the checkpoints from before it; the last one has yet to be validated.
+        if not self._state.bad_in_a_row and step < self._cfg.optim.steps:
+            self.prune()
         if not self._cfg.checkpoint.asynchronous:
             self._buffer = None
         now = time.perf_counter()
         self.slowest_s = max(self.slowest_s, now - self._began)
         return Saved(self._root / checkpoint.step_name(step), self._stall_s + now - waiting, total_s=now - self._began)
+
+    def prune(self) -> None:
+        """Start to remove what the newest checkpoint made old, beside what follows."""
+        self._report_prune()
+        if self._ranks.is_main:
+            self._prune = self._thread.submit(retention.prune, self._root, self._cfg.checkpoint)
 
     def settle(self) -> Saved | None:
         """As `finish`, and wait until what the new checkpoint made old is removed."""

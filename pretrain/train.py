@@ -41,7 +41,7 @@ from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
 from pretrain.replicas import check_replicas
-from pretrain.run_lock import RunLock
+from pretrain.run_lock import HeldElsewhereError, RunLock
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, check_last_steps, count, gone_back, why_bad
 from pretrain.stopping import Stop, StopWatch
@@ -124,6 +124,8 @@ def train(run: Run) -> int:
                 losses = evaluate(run)
                 if last and not all(map(math.isfinite, losses.values())):
                     refuse_last(run, losses)
+                if last:
+                    run.saver.prune()
         run.progress.advance(run.state.step)
         run.watchdog.beat(run.state.step)
         if stop and not last:
@@ -273,7 +275,7 @@ def main(cfg: RunConfig) -> int:
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))
     dataset = ranks.gather_objects(ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError)))[0]
-    lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError,))
+    lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError, HeldElsewhereError))
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
     ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))

@@ -79,11 +79,22 @@ def train_to_a_loss_that_is_not_finite(cfg: RunConfig) -> int:
 
 
 def test_a_last_validation_that_is_not_finite_is_no_end(dataset: Path, tmp_path: Path) -> None:
-    cfg = run_config(dataset, tmp_path, optim={"steps": 4}, checkpoint={"every_steps": 3})
+    cfg = run_config(dataset, tmp_path, optim={"steps": 4}, checkpoint={"every_steps": 3, "keep_last": 1})
     with pytest.raises(RankFailedError, match=r"last step is not finite \(1: .*, 1/4: nan\)") as failed:
         run_ranks(2, train_to_a_loss_that_is_not_finite, cfg)
     assert str(failed.value).count("NonFiniteError: ") == 2
-    assert steps_on_disk(cfg) == [3]
-    assert (checkpoint_dir(cfg.run_dir) / "not-finite-step_00000004").is_dir()
+    root = checkpoint_dir(cfg.run_dir)
+    assert steps_on_disk(cfg) == [3], "what the last one made old was still wanted"
+    assert (root / "latest").read_text() == "step_00000003\n"
+    assert (root / "not-finite-step_00000004").is_dir()
     assert run_ranks(2, train.main, cfg) == [0, 0]
-    assert steps_on_disk(cfg) == [3, 4]
+    assert steps_on_disk(cfg) == [4]
+
+
+def test_a_run_whose_only_checkpoint_was_refused_does_not_start_anew(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path, optim={"steps": 4}, checkpoint={"every_steps": 0})
+    with pytest.raises(RankFailedError, match="last step is not finite"):
+        run_ranks(1, train_to_a_loss_that_is_not_finite, cfg)
+    assert not (checkpoint_dir(cfg.run_dir) / "latest").exists()
+    with pytest.raises(RankFailedError, match="no checkpoint to go on from, only one that was set aside"):
+        run_ranks(1, train.main, cfg)
