@@ -37,6 +37,8 @@ class Collective:
     """Calls in a step."""
     n_bytes: int
     """Of each: the whole tensor's, before a reduce-scatter and after an all-gather."""
+    of_mixers: bool = False
+    """Whether mixers make it under sequence parallelism: copies where the run has parallel.copies_between_peers."""
 
     @property
     def bytes_per_step(self) -> int:
@@ -69,15 +71,15 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
     text = isinstance(model, LanguageConfig)
     head = 1 if text else 0  # a classifier's is on every rank, and its input is entered by none
 
-    def of_a_pass(what: str, operation: str, count: int, n_bytes: int) -> Collective:
-        return Collective(what, operation, "tp", count, count * passes, n_bytes)
+    def of_a_pass(what: str, operation: str, count: int, n_bytes: int, of_mixers: bool = False) -> Collective:
+        return Collective(what, operation, "tp", count, count * passes, n_bytes, of_mixers)
 
     if cfg.parallel.sequence:
         rows = [
-            of_a_pass("inputs of mixers" + ", head" * head, "all-gather", again * layers + 1, activation),
-            of_a_pass("their gradients", "reduce-scatter", layers + head, activation),
-            of_a_pass("outputs of mixers", "reduce-scatter", layers, activation),
-            of_a_pass("their gradients", "all-gather", layers, activation),
+            of_a_pass("inputs of mixers" + ", head" * head, "all-gather", again * layers + 1, activation, True),
+            of_a_pass("their gradients", "reduce-scatter", layers + head, activation, True),
+            of_a_pass("outputs of mixers", "reduce-scatter", layers, activation, True),
+            of_a_pass("their gradients", "all-gather", layers, activation, True),
         ]
         if text:
             rows.append(of_a_pass("embedded tokens, split", "reduce-scatter", 1, tokens * d * FLOAT))

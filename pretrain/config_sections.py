@@ -168,6 +168,13 @@ class ParallelConfig:
         )
 
     @property
+    def copies_between_peers(self) -> bool:
+        """Whether mixers send with copies from GPU to GPU, where the machine can. Blocks that are done again in backward send
+        before and after the mixer, with collectives."""
+        asked = self.tensor > 1 and self.sequence and self.peer_copies == "auto"
+        return asked and self.activation_checkpointing != "block"
+
+    @property
     def keeps_gradients(self) -> bool:
         """Whether a rank's gradients stay whole, in one place, until the step's end; ZeRO 2 shards them before."""
         return self.zero_stage == 1

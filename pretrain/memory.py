@@ -70,15 +70,9 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
         optimizer=(2 + copies + bool(cfg.optim.ema_decay)) * shard * FLOAT,
         activations=activations,
         transient=max(in_backward, copies * shard * FLOAT - activations),
-        trays=_tray_bytes(cfg, tokens),
+        # One for each of three kinds of letters and each rank, of that rank's tokens.
+        trays=3 * tokens * cfg.model.d_model * BF16 if cfg.parallel.copies_between_peers else 0,
     )
-
-
-def _tray_bytes(cfg: RunConfig, tokens: int) -> int:
-    """A tray for each of the three kinds of letters and each rank, of that rank's tokens."""
-    parallel = cfg.parallel
-    sends = parallel.sequence and parallel.tensor > 1 and parallel.peer_copies == "auto"
-    return 3 * tokens * cfg.model.d_model * BF16 if sends and parallel.activation_checkpointing != "block" else 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def with_peer_copies(ranks: Ranks, cfg: ParallelConfig) -> Ranks:
     """`ranks` with copies between the GPUs of each replica, where cfg asks for them and all ranks can; one logged line says
     which it is. Every rank must call."""
     if ranks.tp.size == 1 or not ranks.tp.sequence:
-        return ranks
+        return ranks  # nothing that copies could send
     why = _why_collectives(ranks, cfg)
     peers = None
     if why is None:
@@ -35,8 +35,8 @@ def with_peer_copies(ranks: Ranks, cfg: ParallelConfig) -> Ranks:
 
 def _why_collectives(ranks: Ranks, cfg: ParallelConfig) -> str | None:
     """Why no copies can be tried, the same on all ranks, or None."""
-    if cfg.peer_copies == "never":
-        return "peer_copies=never"
+    if not cfg.copies_between_peers:
+        return "peer_copies=never" if cfg.peer_copies == "never" else "activation_checkpointing=block"
     hosts = ranks.gather_objects(socket.gethostname())
     apart = len({hosts[rank] for rank in dist.get_process_group_ranks(ranks.tp.group)}) > 1
     if ranks.agree_any(ranks.device.type != "cuda"):

@@ -210,12 +210,11 @@ def _link_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> tuple[float, floa
     sizes = {"tp": tp, "dp": cfg.data_parallel(world_size)}
     spans = {"tp": tp > cluster.gpus_per_node, "dp": world_size > cluster.gpus_per_node}
     seconds = {"tp": 0.0, "dp": 0.0}
-    copies = cfg.parallel.sequence and cfg.parallel.peer_copies == "auto" and not spans["tp"]
+    copies = cfg.parallel.copies_between_peers and not spans["tp"]
     for row in collectives(cfg, world_size):
         n = sizes[row.over]
         gb_s = cluster.network_gb_s if spans[row.over] else cluster.nvlink_gb_s
-        if copies and row.over == "tp" and row.per_pass >= cfg.model.n_layers and row.operation != "all-reduce":
-            # Inputs and outputs of mixers, and their gradients: faster than collectives by as much as was measured.
+        if copies and row.of_mixers:  # faster than collectives by as much as was measured
             gb_s *= PEER_COPY_GB_S / NVLINK_GB_S
         rounds = 2 if row.operation == "all-reduce" else 1
         seconds[row.over] += row.per_step * LATENCY_S + rounds * (n - 1) / n * row.bytes_per_step / (gb_s * 1e9)
