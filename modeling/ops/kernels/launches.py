@@ -40,7 +40,7 @@ def settings_of(kernel: str, columns: int, shipped: Table) -> dict[str, int]:
 def origin() -> str:
     """Where this GPU's settings are from, for the log. Raises ValueError as `read` does."""
     name = torch.cuda.get_device_name()
-    if _is_shipped(name):
+    if is_shipped(name):
         return f"launched as measured on {SHIPPED_FOR[0]} and {SHIPPED_FOR[1]}"
     if _found():
         return f"launched as {kept_at(name)} says"
@@ -85,7 +85,8 @@ def trying(kernel: str, columns: int, settings: dict[str, int]) -> Iterator[None
         del _trial[kernel]
 
 
-def _is_shipped(gpu: str) -> bool:
+def is_shipped(gpu: str) -> bool:
+    """Whether settings were measured on a GPU of this name: those run there, whatever was searched."""
     return any(name in gpu for name in SHIPPED_FOR)
 
 
@@ -95,7 +96,7 @@ def _found() -> Table:
         return {}
     gpu = torch.cuda.get_device_name()
     path = kept_at(gpu)
-    return {} if _is_shipped(gpu) or not path.exists() else read(path)
+    return {} if is_shipped(gpu) or not path.exists() else read(path)
 
 
 def _checked(record: Any) -> Table:

@@ -154,7 +154,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU, and the plain path has no launch settings")
     gpu = torch.cuda.get_device_name()
-    if args.out is None and any(name in gpu for name in launches.SHIPPED_FOR):
+    if args.out is None and launches.is_shipped(gpu):
         sys.exit(f"error: {gpu}: settings for it are shipped, a search would not be read. --out FILE searches anyway")
     path = args.out or launches.kept_at(gpu)
     launches.write(path, search(args.seconds), gpu=gpu)
