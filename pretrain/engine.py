@@ -83,17 +83,10 @@ class Engine:
         )
         self.model: Any = model
         self.parameters = dict(model.named_parameters())
-        if cfg.parallel.keeps_gradients:
-            alias_masters(self.optimizer)
-        self._make_optimizer_state()
-        self._ema_decay = cfg.optim.ema_decay
-        self._ema: dict[str, Tensor] = {}
-        if self._ema_decay:
-            self._ema = {name: part.master.detach().clone() for name, part in self._fragments()}
-        self._dp_group = ranks.dp_group
         self._update: FlatUpdate | None = None
         self.gradients: GradientBuffer | None = None
         if cfg.parallel.keeps_gradients:
+            alias_masters(self.optimizer)
             assert not self.optimizer._grad_acc_hooks, "managed_gradient_accumulation=false leaves gradients to us"
             for parameter in self.parameters.values():
                 # DeepSpeed slices its view of a parameter with autograd on. That keeps the parameter's gradient accumulator
@@ -103,6 +96,12 @@ class Engine:
                     mapping.lp_fragment = mapping.lp_fragment.detach()
             self._update = FlatUpdate(self.optimizer, self.parameters, model.tp, ranks.dp_group, cfg.optim.clip_norm)
             self.gradients = self._update.gradients
+        self._make_optimizer_state()
+        self._ema_decay = cfg.optim.ema_decay
+        self._ema: dict[str, Tensor] = {}
+        if self._ema_decay:
+            self._ema = {name: part.master.detach().clone() for name, part in self._fragments()}
+        self._dp_group = ranks.dp_group
         self.graphs: GraphedPasses | None = None
         """The passes as CUDA graphs, where the run has them."""
         self._captured_at = self._addresses()

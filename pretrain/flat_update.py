@@ -96,7 +96,7 @@ class FlatUpdate:
         for size, group in ((self._dp_size, self._dp_group), (self._tp.size, self._tp.group)):
             if size > 1:
                 dist.all_reduce(total, group=group)
-        return math.sqrt(value) if (value := float(total)) >= 0 else math.nan
+        return float(total.double().sqrt())
 
     def _update(self, divisor: float) -> None:
         """AdamW with the gradients over `divisor`."""

@@ -1,4 +1,4 @@
-"""Do the ranks still hold the same model? A memory fault or a wrong collective makes them drift apart without a sound."""
+"""Do the ranks still hold the same model, and a sound one? A memory fault or a wrong collective makes them drift apart without a sound."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ def fingerprints(model: nn.Module) -> Tensor:
     """One int64 for each parameter, on the CPU: the sum of its float32 entries' bit patterns, exact in any order."""
     sums = [p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
     return torch.stack(sums).cpu()
+
+
+def weights_are_finite(model: nn.Module, ranks: Ranks) -> bool:
+    """Whether every weight is, on every rank: an update may overflow, and the checkpoints before it are then the better ones.
+    Every rank must call."""
+    finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all()
+    return not ranks.agree_any(not finite.item())
 
 
 def check_replicas(model: nn.Module, ranks: Ranks) -> None:

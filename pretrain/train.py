@@ -40,7 +40,7 @@ from pretrain.peers import with_peer_copies
 from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
-from pretrain.replicas import check_replicas
+from pretrain.replicas import check_replicas, weights_are_finite
 from pretrain.run_lock import HeldElsewhereError, RunLock
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, check_last_steps, count, gone_back, why_bad
@@ -101,7 +101,7 @@ def train(run: Run) -> int:
         why = why_bad(run.state, cfg.stability, loss)
         lr, grad_norm = learning_rate(run.state.step, cfg.optim), math.nan
         if why is None:
-            grad_norm = run.engine.step(lr)  # DeepSpeed updates nothing where the norm is not finite
+            grad_norm = run.engine.step(lr)  # updates nothing where the norm is not finite
             why = None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
         else:
             run.engine.discard()
@@ -114,7 +114,7 @@ def train(run: Run) -> int:
             run.report(
                 "train", run.meter.record(step=run.state.step, tokens=run.state.tokens, lr=lr, grad_norm=grad_norm)
             )
-        if (last or stop or run.due(cfg.checkpoint.every_steps)) and not weights_are_finite(run):
+        if (last or stop or run.due(cfg.checkpoint.every_steps)) and not weights_are_finite(run.model, run.ranks):
             roll_back(run, f"step {run.state.step - 1}: the weights are not finite, and not saved")
             continue
         with run.meter.pause(), run.watchdog.pause():
@@ -207,12 +207,6 @@ def roll_back(run: Run, said: str) -> None:
     run.report("event", {"step": saved.step, "event": event})
 
 
-def weights_are_finite(run: Run) -> bool:
-    """Whether every weight is, on every rank: an update may overflow, and the checkpoints before it are then the better ones."""
-    finite = torch.stack([torch.isfinite(p).all() for p in run.model.parameters()]).all()
-    return not run.ranks.agree_any(not finite.item())
-
-
 def save(run: Run, *, wait: bool) -> None:
     """Finish the checkpoint in flight if it is written; start the one that is due; `wait` for it to be whole.
 
@@ -274,7 +268,8 @@ def main(cfg: RunConfig) -> int:
     ranks = with_peer_copies(ranks, cfg.parallel)
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))
-    dataset = ranks.gather_objects(ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError)))[0]
+    sha256 = ranks.attempt(lambda: dataset_sha256(cfg.data) if ranks.is_main else "", (ValueError, OSError))
+    dataset = ranks.gather_objects(sha256)[0]
     lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError, HeldElsewhereError))
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
