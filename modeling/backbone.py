@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,13 @@ from modeling.ops.norm import add_norm
 from modeling.tensor_parallel import Layout, TensorParallel, layout_of, local_part
 
 Recompute = Literal["none", "states", "selective", "block"]
+
+
+class Gathered(NamedTuple):
+    """The heads of a mixer that every tensor-parallel rank has (modeling.gathered_widths)."""
+
+    n_heads: int
+    mixer: Mixer
 
 
 class Block(nn.Module):
@@ -50,6 +57,8 @@ class Block(nn.Module):
         self.mixer = Mixer(
             cfg, tp, dtype, recompute=recompute, in_place_gradients=in_place_gradients, sends_apart=sends_apart
         )
+        self.gathered: Gathered | None = None
+        """What trains instead of `mixer` at the widths that it has, on this rank's own sequences."""
 
     def forward(
         self,
@@ -68,7 +77,13 @@ class Block(nn.Module):
         weight = self.tp.replicate(self.norm)
         bias = None if self.norm_bias is None else self.tp.replicate(self.norm_bias)
         x_md, normed_md = add_norm(x_md, branch_md, weight, bias, eps=self.eps, dtype=self.dtype, drop=drops.branch)
-        return x_md, self.mixer(normed_md, n_heads, batch, seq_idx_bt=seq_idx_bt, state=state, drop=drops.projection)
+        mixer, drop, gathered = self.mixer, drops.projection, self.gathered
+        if gathered is not None and n_heads <= gathered.n_heads and state is None and torch.is_grad_enabled():
+            own = self.tp.own(batch)
+            mixer, batch = gathered.mixer, own.stop - own.start
+            seq_idx_bt = None if seq_idx_bt is None else seq_idx_bt[own]
+            drop = None if drop is None else drop._replace(key_b=drop.key_b[own], scale_b=drop.scale_b[own])
+        return x_md, mixer(normed_md, n_heads, batch, seq_idx_bt=seq_idx_bt, state=state, drop=drop)
 
 
 class Backbone(nn.Module):

@@ -68,6 +68,11 @@ class Layout(Enum):
         """Whether each rank holds a part of its own."""
         return self in (Layout.HEAD_ROWS, Layout.HEAD_COLUMNS, Layout.VOCAB_ROWS)
 
+    @property
+    def sharded_dim(self) -> int:
+        """The dim of which each rank holds a part, where it does."""
+        return 1 if self is Layout.HEAD_COLUMNS else 0
+
 
 LAYOUTS = {
     "in_z": Layout.HEAD_ROWS,
@@ -224,6 +229,13 @@ class TensorParallel:
         """A replicated weight that works on the tokens between mixers: which are this rank's own under sequence parallelism."""
         return self.share(weight) if self.sequence else weight
 
+    def own(self, n_sequences: int) -> slice:
+        """The sequences that this rank's share of the tokens is made of. Raises ValueError where it is not of whole ones."""
+        each, rest = divmod(n_sequences, self.size)
+        if rest:
+            raise ValueError(f"{n_sequences} sequences do not divide into tp={self.size} parts of whole ones")
+        return slice(self.rank * each, (self.rank + 1) * each)
+
     def part(self, x: Tensor) -> Tensor:
         """Of tokens (dim 0) that every rank has computed alike, those it goes on with: under sequence parallelism its share."""
         return _share(x, self) if self.sequence else x
@@ -339,7 +351,7 @@ def local_shape(shape: tuple[int, ...], layout: Layout, tp: int) -> tuple[int, .
     """Shape of one rank's part of a parameter of logical `shape`. Raises ValueError where tp does not divide it."""
     if not layout.is_sharded:
         return shape
-    dim = 1 if layout is Layout.HEAD_COLUMNS else 0
+    dim = layout.sharded_dim
     if shape[dim] % tp:
         raise ValueError(f"a parameter of shape {shape} laid out by {layout.value}: tp={tp} does not divide dim {dim}")
     return (*shape[:dim], shape[dim] // tp, *shape[dim + 1 :])
@@ -357,6 +369,19 @@ def local_index(shape: tuple[int, ...], layout: Layout, n_heads: int, tp: int, r
     if layout is Layout.VOCAB_ROWS:
         rows = nesting.vocab_rows(shape[0], tp, rank)
         return (slice(rows.start, rows.stop),)
-    dim = 1 if layout is Layout.HEAD_COLUMNS else 0
+    dim = layout.sharded_dim
     channels = nesting.rank_channels(n_heads, shape[dim] // n_heads, tp, rank)
     return (*([slice(None)] * dim), torch.tensor(channels))
+
+
+def split_heads(stacked: Tensor, layout: Layout, n_heads: int) -> Tensor:
+    """A view of a parameter by head, stacked over layers (dim 0), whose dim of `n_heads` heads' entries is split in two."""
+    return stacked.unflatten(1 + layout.sharded_dim, (n_heads, -1))
+
+
+def by_rank(stacked: Tensor, layout: Layout, n_heads: int, tp: int) -> Tensor:
+    """A view of whole parameters of `n_heads` heads, stacked over layers: in dim 0 the ranks, then as each rank's own part is
+    after `split_heads`."""
+    dim = 1 + layout.sharded_dim
+    heads = split_heads(stacked, layout, n_heads).unflatten(dim, (nesting.local_heads(n_heads, tp), tp))
+    return heads.movedim(dim + 1, 0)

@@ -120,6 +120,16 @@ class RunConfig:
         return self.data.micro_batch * self.tokens_per_sequence
 
     @property
+    def gathered_heads(self) -> int:
+        """Heads whose weights every tensor-parallel rank gathers (parallel.gathered_width); 0: none."""
+        parallel = self.parallel
+        able = parallel.tensor > 1 and parallel.sequence and parallel.keeps_gradients
+        if not able or self.data.micro_batch % parallel.tensor:
+            return 0
+        largest = parallel.gathered_width * self.model.n_heads
+        return max((n_heads for n_heads in self.model.widths if n_heads <= largest), default=0)
+
+    @property
     def loss_weights(self) -> tuple[float, ...]:
         """Weight of each of model.widths in the loss."""
         n = len(self.model.widths)

@@ -148,6 +148,11 @@ class ParallelConfig:
     peer_copies: Literal["auto", "never"] = "auto"
     """How mixers send under sequence parallelism. auto: with copies from GPU to GPU where they are of one host, whose copy
     engines leave the multiprocessors to the products beside them; else, and with never: with collectives."""
+    gathered_width: float = 0.5
+    """Under sequence parallelism: each rank gathers the weights of the trained widths up to this share of the heads, once a
+    step, and runs its own sequences through all of their heads; wider ones are split by heads. What mixers then send is
+    weights, not tokens, for 8 bytes for each such weight. Needs ZeRO 1 and a micro-batch of whole sequences for each rank;
+    else, and with 0, all widths are split by heads."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage. 1 shards the optimizer's state over data-parallel ranks; 2 gradients too."""
     activation_checkpointing: Literal["none", "states", "selective", "block"] = "none"
@@ -159,6 +164,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(self.tensor >= 1, f"parallel.tensor={self.tensor}: must be at least 1")
+        require(
+            0 <= self.gathered_width < 1,
+            f"parallel.gathered_width={self.gathered_width}: must be at least 0 and below 1. The full width is split by heads: "
+            "for whole models on each rank use data parallelism (parallel.tensor=1)",
+        )
         every = self.check_replicas_every
         require(every >= 0, f"parallel.check_replicas_every={every}: must not be negative")
         require(

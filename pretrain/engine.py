@@ -32,6 +32,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from modeling.backbone import Backbone
 from modeling.checkpoint_reader import EMA, KINDS
+from modeling.gathered_widths import GatheredWidths
 from modeling.tensor_parallel import is_partial, layout_of
 from pretrain.config import RunConfig
 from pretrain.distributed import Mpu, Ranks
@@ -96,6 +97,9 @@ class Engine:
                     mapping.lp_fragment = mapping.lp_fragment.detach()
             self._update = FlatUpdate(self.optimizer, self.parameters, model.tp, ranks.dp_group, cfg.optim.clip_norm)
             self.gradients = self._update.gradients
+        self.gathered: GatheredWidths | None = None
+        if cfg.gathered_heads:
+            self.gathered = GatheredWidths(model.blocks, model.tp, cfg.gathered_heads)
         self._make_optimizer_state()
         self._ema_decay = cfg.optim.ema_decay
         self._ema: dict[str, Tensor] = {}
@@ -130,6 +134,9 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.gathered is not None:
+            self.gathered.start_return()
+            self.gathered.wait()
         if self._update is not None:
             norm = self._update.step()
         else:
@@ -139,6 +146,9 @@ class Engine:
             self._move_average()
         if self.gradients is not None:
             self.gradients.clear()
+        if self.gathered is not None:
+            self.gathered.start_clear()
+            self.gathered.start_fetch()
         if self.graphs is not None and self._addresses() != self._captured_at:
             raise RuntimeError("the step moved parameters, and CUDA graphs know them by address: cuda_graphs=never")
         return float(norm)
@@ -156,6 +166,9 @@ class Engine:
 
         Under ZeRO 2 DeepSpeed drops a step whose norm is not finite, with all that it keeps of the gradients: this makes it so.
         """
+        if self.gathered is not None:
+            self.gathered.start_clear()
+            self.gathered.wait()
         if self.gradients is not None:
             self.gradients.clear()
             return
@@ -191,6 +204,8 @@ class Engine:
         if not self._ema_decay:
             yield
             return
+        if self.gathered is not None:
+            self.gathered.wait()  # until it has read the weights
         kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             flat = torch.zeros(parameter.numel(), device=parameter.device)
@@ -224,9 +239,11 @@ class Engine:
         return int(next(iter(self._adam.state.values()))["step"].item())
 
     def restore(self, n_updates: int) -> None:
-        """After fragments and parameters were overwritten in place: set Adam's step."""
+        """After fragments and parameters were overwritten in place: set Adam's step. All ranks must call."""
         for state in self._adam.state.values():
             state["step"].fill_(float(n_updates))
+        if self.gathered is not None:
+            self.gathered.start_fetch()
 
     @property
     def _adam(self) -> torch.optim.Optimizer:

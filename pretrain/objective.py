@@ -82,12 +82,17 @@ def add_gradients(
     for i, width in enumerate(widths):
         inputs = inputs_of[i % len(batches)]
         inputs = inputs._replace(scale=torch.full_like(inputs.scale, width.weight / n_micro))
+        gathered, after = engine.gathered, widths[i + 1 :]
+        if gathered is not None and gathered.runs(width.layers):
+            gathered.wait()
         if engine.graphs is not None:
-            yield width, engine.graphs(width.layers, inputs)
-            continue
-        loss, lesson = _pass(engine, width.layers, inputs, cfg, teacher, last=last and i == len(widths) - 1)
-        if cfg.nesting.distill_weight and i == 0:
-            teacher = lesson.detach()
+            loss = engine.graphs(width.layers, inputs)
+        else:
+            loss, lesson = _pass(engine, width.layers, inputs, cfg, teacher, last=last and not after)
+            if cfg.nesting.distill_weight and i == 0:
+                teacher = lesson.detach()
+        if gathered is not None and last and after:
+            gathered.start_return(above=max(max(narrower.layers) for narrower in after))
         yield width, loss
 
 

@@ -100,21 +100,23 @@ def steps_on_ranks(cfg: RunConfig) -> dict[str, Any]:
     )
     model.init_weights(cfg.seed)
     engine = Engine(model, cfg, ranks)
-    n_mine = 4 // ranks.dp_size
+    n_mine, micro_batch = 4 // ranks.dp_size, cfg.data.micro_batch
     all_widths = [cfg.model.layer_widths(n) for n in WIDTHS] + [MIXED]
     losses, norms = [], []
     gradients: dict[str, Tensor] = {}
     for step in range(N_STEPS):
         mine = tokens_of_step(step)[ranks.dp_rank * n_mine : (ranks.dp_rank + 1) * n_mine]
         step_losses = torch.zeros(len(all_widths))
-        for micro in range(n_mine):
-            ids = mine[micro : micro + 1]
+        n_micro = n_mine // micro_batch
+        for micro, ids in enumerate(mine.split(micro_batch)):
             for i, widths in enumerate(all_widths):
                 loss = next_token_loss(model, engine(ids[:, :-1], widths), ids[:, 1:])
-                last = micro == n_mine - 1 and i == len(all_widths) - 1
-                engine.backward(loss.total / (n_mine * len(all_widths)), last=last)
-                step_losses[i] += loss.cross_entropy.detach() / n_mine
+                last = micro == n_micro - 1 and i == len(all_widths) - 1
+                engine.backward(loss.total / (n_micro * len(all_widths)), last=last)
+                step_losses[i] += loss.cross_entropy.detach() / n_micro
         if step == 0:
+            if engine.gathered is not None:
+                engine.gathered.start_return()  # as `step` does, which finds none left then
             gradients = {name: reduced_gradient(name, p, engine, ranks) for name, p in model.named_parameters()}
         norms.append(engine.step(learning_rate(step, cfg.optim)))
         torch.distributed.all_reduce(step_losses, group=ranks.dp_group)
@@ -188,6 +190,17 @@ def test_zero_stage_2_equals_one_rank_of_plain_torch(tp: int, dp: int) -> None:
 @pytest.mark.parametrize(("tp", "dp", "stage"), [(2, 1, 1), (2, 2, 1), (4, 1, 1), (2, 2, 2)])
 def test_sequence_parallelism_equals_one_rank_of_plain_torch(tp: int, dp: int, stage: int) -> None:
     compare(small_run(parallel={"tensor": tp, "sequence": True, "zero_stage": stage}), tp * dp)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (2, 2), (4, 1)])
+def test_widths_that_ranks_gather_equal_one_rank_of_plain_torch(tp: int, dp: int, recompute: str) -> None:
+    """Half of the width on sequences of each rank's own, in one micro-batch a step or two."""
+    cfg = small_run(
+        parallel={"tensor": tp, "sequence": True, "activation_checkpointing": recompute}, data={"micro_batch": tp}
+    )
+    assert cfg.gathered_heads == WIDTHS[1]
+    compare(cfg, tp * dp)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])
