@@ -105,6 +105,7 @@ def _memory_table(cfg: RunConfig, world_size: int) -> Table:
     parts = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
+        "gathered widths": memory.gathered,
         "optimizer state": memory.optimizer,
         "activations": memory.activations,
         "transient": memory.transient,

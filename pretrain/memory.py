@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
-from modeling.flops import local_parameters
+from modeling.flops import local_parameters, mixer_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from modeling.nesting import local_heads
 from pretrain.config import RunConfig
+from pretrain.passes import why_launched
 
 FLOAT, BF16 = 4, 2
 SCAN_CHUNK = 64
@@ -30,19 +33,23 @@ class Memory:
     """float32, of this rank's tensor-parallel part."""
     gradients: int
     """float32, whole until ZeRO reduces them."""
+    gathered: int
+    """float32 weights and gradients of the widths whose heads every tensor-parallel rank has (modeling.gathered_widths)."""
     optimizer: int
     """Two moments and where it is kept the moving average of this rank's ZeRO shard; under ZeRO 2 a master copy too."""
     activations: int
     """Kept from forward for backward."""
     transient: int
-    """Alive for a moment at the peak: the loss's logits, a block's gradients, or under ZeRO 2 the update's flat gradients."""
+    """Alive for a moment at the peak: the loss's logits or a block's gradients; between passes under ZeRO 2 the update's flat
+    gradients, under ZeRO 1 gathered weights on their way, which take the activations' place but where CUDA graphs keep it."""
     trays: int
     """What tensor-parallel peers write into, outside torch's allocator (modeling.symmetric_mail)."""
 
     @property
     def total(self) -> int:
         """The peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient + self.trays
+        kept = self.parameters + self.gradients + self.gathered + self.optimizer
+        return kept + self.activations + self.transient + self.trays
 
 
 def estimate(cfg: RunConfig, world_size: int) -> Memory:
@@ -64,12 +71,15 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
     in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)
     copies = 0 if cfg.parallel.keeps_gradients else 1
+    between_passes = copies * shard * FLOAT + _arriving_bytes(cfg)
+    captured = why_launched(cfg, torch.device("cuda")) is None
     return Memory(
         parameters=parameters * FLOAT,
         gradients=parameters * FLOAT,
+        gathered=_gathered_weights(cfg) * 2 * FLOAT,
         optimizer=(2 + copies + bool(cfg.optim.ema_decay)) * shard * FLOAT,
         activations=activations,
-        transient=max(in_backward, copies * shard * FLOAT - activations),
+        transient=in_backward + between_passes if captured else max(in_backward, between_passes - activations),
         # One for each of three kinds of letters and each rank, of that rank's tokens.
         trays=3 * tokens * cfg.model.d_model * BF16 if cfg.parallel.copies_between_peers else 0,
     )
@@ -113,6 +123,19 @@ class _Layer:
             backward=projected + mixed + 2 * channels + states + 2 * between * d * FLOAT,
             weight_gradients=(2 * inner + bc + heads + inner) * d * FLOAT,
         )
+
+
+def _gathered_weights(cfg: RunConfig) -> int:
+    """Weights by head of the widths that every tensor-parallel rank has, over all layers."""
+    model = cfg.model
+    return model.n_layers * (mixer_parameters(model, cfg.gathered_heads) - mixer_parameters(model, 0))
+
+
+def _arriving_bytes(cfg: RunConfig) -> int:
+    """The largest of them, of all layers, as it comes from the ranks or goes back, and this rank's part of it."""
+    model = cfg.model
+    largest = model.n_layers * cfg.gathered_heads * model.headdim * model.d_model
+    return (largest + largest // cfg.parallel.tensor) * FLOAT
 
 
 def _ends_bytes(cfg: RunConfig, tp: int) -> int:

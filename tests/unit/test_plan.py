@@ -88,6 +88,30 @@ def test_trays_of_peers_are_counted_where_there_are_any() -> None:
     assert estimate(config("1b4", *layout, "parallel.activation_checkpointing=block"), 2).trays == without.trays == 0
 
 
+def test_gathered_weights_are_counted_where_there_are_any() -> None:
+    layout = ["parallel.tensor=4", "parallel.sequence=true"]
+    with_them, without = (estimate(config("1b4", *layout, f"parallel.gathered_width={w}"), 4) for w in (0.5, 0.1))
+    # 32 heads of 64 channels in 48 layers: z, x and out; dt; four taps and a bias; A, D, dt's bias; the gated norm.
+    numbers = 48 * (3 * 2048 * 2048 + 32 * 2048 + 2048 * 5 + 3 * 32 + 2048)
+    assert with_them.gathered == 8 * numbers
+    assert without.gathered == 0
+    # CUDA graphs keep the activations: z of all layers is gathered beside them, and this rank's quarter of it.
+    arriving = 48 * 2048 * 2048 * 4 * 5 // 4
+    assert with_them.transient - without.transient == arriving
+    assert with_them.total - without.total == with_them.gathered + arriving
+
+
+@pytest.mark.parametrize("refused", ["cuda_graphs=never", "nesting.mix_rate=0.5"])
+def test_gathered_weights_take_the_place_of_activations_that_no_graph_keeps(refused: str) -> None:
+    layout = ["parallel.tensor=4", "parallel.sequence=true", refused]
+    with_them, without = (estimate(config("1b4", *layout, f"parallel.gathered_width={w}"), 4) for w in (0.5, 0.1))
+    assert with_them.transient == without.transient
+    # Four sequences of 64 tokens leave less than the weights need.
+    small = ["parallel.activation_checkpointing=block", "data.seq_len=64", "data.micro_batch=4"]
+    found = estimate(config("1b4", *layout, *small), 4)
+    assert found.transient + found.activations == 48 * 2048 * 2048 * 4 * 5 // 4
+
+
 @pytest.mark.parametrize(("nodes", "gpus", "gpu"), [(1, 1, "H200"), (1, 8, "A100"), (4, 8, "H100")])
 def test_every_planned_layout_fits_and_divides_the_step(nodes: int, gpus: int, gpu: str) -> None:
     plans = plan(config("1b4"), cluster(nodes, gpus, gpu))
