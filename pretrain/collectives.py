@@ -1,8 +1,9 @@
 """Which collectives a step makes on one rank, how many and how large, from the config alone. Pure integers.
 
 Letters: m tokens of a micro-batch, d model, n state, k conv taps. A pass is the forward and backward of one width over one
-micro-batch: between ranks every width costs the same, since what crosses is d wide. Votes of a few bytes between hosts (stop,
-save, a bad loss) are not listed.
+micro-batch: between ranks every width that is split by heads costs the same, since what crosses is d wide; the mixers of one
+whose weights they gather (modeling.gathered_widths) send nothing. Votes of a few bytes between hosts (stop, save, a bad loss)
+are not listed.
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ class Collective:
     over: str
     """tp or dp: the ranks that take part."""
     per_pass: int
-    """Calls in one pass; 0 where it is made once a step."""
+    """Calls in a pass that makes any: mixers' in one of a width that is split by heads. 0 where it is made once a step."""
     per_step: int
     """Calls in a step."""
     n_bytes: int
     """Of each: the whole tensor's, before a reduce-scatter and after an all-gather."""
     of_mixers: bool = False
     """Whether mixers make it under sequence parallelism: copies where the run has parallel.copies_between_peers."""
+
+    @property
+    def passes(self) -> int:
+        """Passes of a step that make any; 0 where it is made once a step."""
+        return self.per_step // self.per_pass if self.per_pass else 0
 
     @property
     def bytes_per_step(self) -> int:
@@ -48,15 +54,22 @@ class Collective:
 
 def passes_per_step(cfg: RunConfig, world_size: int) -> int:
     """Widths that train in a step times its micro-batches on a rank."""
-    widths = 3 if cfg.nesting.rule == "sandwich" else len(cfg.model.widths)
-    return widths * cfg.grad_accum_steps(world_size)
+    return len(_widths_of_a_step(cfg)) * cfg.grad_accum_steps(world_size)
+
+
+def _widths_of_a_step(cfg: RunConfig) -> tuple[int, ...]:
+    widths = cfg.model.widths
+    return (widths[0], widths[1], widths[-1]) if cfg.nesting.rule == "sandwich" else widths
 
 
 def collectives(cfg: RunConfig, world_size: int, *, compute_bytes: int = 2) -> list[Collective]:
     """Every collective of a step, none where a group has one rank; activations are `compute_bytes` wide.
 
     Blocks that are done again in backward repeat what they receive and the norm's sum, not the sum of their outputs, which
-    torch stops short of. Raises ConfigError where the layout does not fit the run.
+    torch stops short of. Where ranks gather the weights of some widths (parallel.gathered_width), what a step sends depends on
+    its draws: a mix counts as the width that it replaces, also where that is gathered and the mix's layers of the next wider
+    one are split by heads; a sandwich's drawn width counts as the widest that it can be. Raises ConfigError where the layout
+    does not fit the run.
     """
     tp, dp = cfg.parallel.tensor, cfg.data_parallel(world_size)
     found = _over_tp(cfg, world_size, compute_bytes) if tp > 1 else []
@@ -70,18 +83,25 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
     again = 2 if cfg.parallel.activation_checkpointing == "block" else 1
     text = isinstance(model, LanguageConfig)
     head = 1 if text else 0  # a classifier's is on every rank, and its input is entered by none
+    widths = _widths_of_a_step(cfg)
+    split = sum(n_heads > cfg.gathered_heads for n_heads in widths) * passes // len(widths)
 
-    def of_a_pass(what: str, operation: str, count: int, n_bytes: int, of_mixers: bool = False) -> Collective:
-        return Collective(what, operation, "tp", count, count * passes, n_bytes, of_mixers)
+    def of_a_pass(what: str, operation: str, count: int, n_bytes: int) -> Collective:
+        return Collective(what, operation, "tp", count, count * passes, n_bytes)
+
+    def of_mixers(what: str, operation: str, count: int, n_bytes: int, *, copied: bool = False) -> Collective:
+        return Collective(what, operation, "tp", count, count * split, n_bytes, copied)
 
     if cfg.parallel.sequence:
         rows = [
-            of_a_pass("inputs of mixers" + ", head" * head, "all-gather", again * layers + 1, activation, True),
-            of_a_pass("their gradients", "reduce-scatter", layers + head, activation, True),
-            of_a_pass("outputs of mixers", "reduce-scatter", layers, activation, True),
-            of_a_pass("their gradients", "all-gather", layers, activation, True),
+            of_mixers("inputs of mixers", "all-gather", again * layers, activation, copied=True),
+            of_mixers("their gradients", "reduce-scatter", layers, activation, copied=True),
+            of_mixers("outputs of mixers", "reduce-scatter", layers, activation, copied=True),
+            of_mixers("their gradients", "all-gather", layers, activation, copied=True),
+            of_a_pass("input of the head" if text else "features", "all-gather", 1, activation),
         ]
         if text:
+            rows.append(of_a_pass("its gradient", "reduce-scatter", 1, activation))
             rows.append(of_a_pass("embedded tokens, split", "reduce-scatter", 1, tokens * d * FLOAT))
             rows.append(of_a_pass("their gradient", "all-gather", 1, tokens * d * FLOAT))
     else:
@@ -91,11 +111,14 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
         ]
         if text:
             rows.append(of_a_pass("embedded tokens", "all-reduce", 1, tokens * d * FLOAT))
-    rows += [
-        of_a_pass("gated norm, forward and backward", "all-reduce", (again + 1) * layers, tokens * FLOAT),
-    ]
+    rows.append(of_mixers("gated norm, forward and backward", "all-reduce", (again + 1) * layers, tokens * FLOAT))
     if text:
         rows += _vocabulary(tokens, of_a_pass)
+    for what, operation in (("gathered weights", "all-gather"), ("their gradients", "reduce-scatter")):
+        rows += [
+            Collective(f"{what}: {names}", operation, "tp", 0, count, numbers * FLOAT)
+            for names, count, numbers in _gathered_weights(cfg)
+        ]
     shared = _shared_weights(cfg)
     if not cfg.parallel.keeps_gradients:
         return rows + [of_a_pass(what, "all-reduce", count, math.prod(shape) * FLOAT) for what, count, shape in shared]
@@ -126,6 +149,22 @@ def _shared_weights(cfg: RunConfig) -> list[tuple[str, int, tuple[int, ...]]]:
         if model.pool == "cls":
             found.append(("gradient of the class token", 1, (1, d)))
     return found
+
+
+def _gathered_weights(cfg: RunConfig) -> list[tuple[str, int, int]]:
+    """Of the weights that ranks gather: which, how many, and the numbers of each over all layers; none where none are."""
+    model, n_heads = cfg.model, cfg.gathered_heads
+    if not n_heads:
+        return []
+    heads = model.n_layers * n_heads
+    inner = heads * model.headdim
+    return [
+        ("z, x, out", 3, inner * model.d_model),
+        ("dt", 1, heads * model.d_model),
+        ("taps", 1, inner * model.d_conv),
+        ("taps' bias, gated norm", 2, inner),
+        ("A, D, dt's bias", 3, heads),
+    ]
 
 
 def _vocabulary(tokens: int, of_a_pass: Callable[[str, str, int, int], Collective]) -> list[Collective]:

@@ -122,13 +122,13 @@ def _collectives_table(cfg: RunConfig, world_size: int) -> Table | str:
     listed = collectives(cfg, world_size)
     if not listed:
         return "collectives: none, one rank"
-    n_widths = len(cfg.model.widths)
-    table = Table(
-        title=f"Collectives of a rank (a pass: one of {n_widths} widths, which all cost the same, over a micro-batch)"
-    )
+    widths = cfg.model.widths
+    n_gathered = sum(n_heads <= cfg.gathered_heads for n_heads in widths)
+    cost = f"; mixers of the narrowest {n_gathered}, whose weights are gathered, send nothing" if n_gathered else ""
+    table = Table(title=f"Collectives of a rank (a pass: one of {len(widths)} widths over a micro-batch{cost})")
     for column in ("over", "what", "operation"):
         table.add_column(column)
-    for column in ("calls a pass", "calls a step", "MiB each", "GiB a step"):
+    for column in ("calls a pass", "passes a step", "calls a step", "MiB each", "GiB a step"):
         table.add_column(column, justify="right")
     for row in listed:
         table.add_row(
@@ -136,6 +136,7 @@ def _collectives_table(cfg: RunConfig, world_size: int) -> Table | str:
             row.what,
             row.operation,
             str(row.per_pass or "-"),
+            f"{row.passes:,}" if row.passes else "-",
             f"{row.per_step:,}",
             f"{row.n_bytes / 2**20:,.3f}",
             f"{row.bytes_per_step / GIB:,.2f}",

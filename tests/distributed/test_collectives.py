@@ -97,11 +97,47 @@ def test_the_listed_collectives_are_those_that_are_made(world_size: int, paralle
     compare(small_run(parallel=parallel, nesting={"mix_rate": 1.0}), world_size)
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (4, 1), (2, 2)])
+def test_gathered_widths_send_their_weights_once_a_step(tp: int, dp: int, recompute: str) -> None:
+    # No mixes, whose layers are split by heads or not as they are drawn.
+    cfg = small_run(
+        parallel={"tensor": tp, "sequence": True, "activation_checkpointing": recompute}, data={"micro_batch": tp}
+    )
+    assert cfg.gathered_heads == 4
+    compare(cfg, tp * dp)
+
+
+def test_a_mix_counts_as_the_width_that_it_replaces() -> None:
+    layout = {"parallel": {"tensor": 2, "sequence": True}, "data": {"micro_batch": 2}}
+    plain, mixed = (small_run(**layout, nesting={"mix_rate": rate}) for rate in (0.0, 1.0))
+    assert collectives(plain, 2) == collectives(mixed, 2)
+
+
+@pytest.mark.parametrize(("gathered_width", "split"), [(0.75, 1), (0.5, 2), (0.1, 3)])
+def test_a_drawn_width_counts_as_the_widest_that_it_can_be(gathered_width: float, split: int) -> None:
+    """Six heads or four are drawn, in each of a step's two micro-batches."""
+    cfg = small_run(
+        model={"widths": [8, 6, 4, 2]},
+        parallel={"tensor": 2, "sequence": True, "gathered_width": gathered_width},
+        data={"micro_batch": 2},
+        nesting={"rule": "sandwich"},
+    )
+    passes = {row.what: row.passes for row in collectives(cfg, 2)}
+    assert passes["inputs of mixers"] == passes["gated norm, forward and backward"] == 2 * split
+    assert passes["input of the head"] == passes["largest logits"] == 2 * 3
+
+
 @pytest.mark.parametrize("pool", ["cls", "avg"])
 @pytest.mark.parametrize(
     "parallel",
-    [{"tensor": 2}, {"tensor": 2, "sequence": True, "activation_checkpointing": "block"}],
-    ids=["tp", "sequence, block"],
+    [
+        {"tensor": 2},
+        {"tensor": 2, "sequence": True, "activation_checkpointing": "block", "gathered_width": 0.0},
+        {"tensor": 2, "sequence": True},
+        {"tensor": 2, "sequence": True, "activation_checkpointing": "block"},
+    ],
+    ids=["tp", "sequence, block, all split", "sequence", "sequence, block"],
 )
 def test_a_classifiers_collectives_are_those_that_are_made(parallel: dict[str, Any], pool: str) -> None:
     compare(run_config(Path("unused"), Path("unused"), parallel=parallel, model={"pool": pool}), 2)

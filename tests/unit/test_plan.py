@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pretrain.__main__ import main
+from pretrain.collectives import collectives
 from pretrain.config import RunConfig
 from pretrain.config_io import load_config
 from pretrain.config_sections import ConfigError
@@ -66,7 +67,8 @@ def test_a_layout_is_predicted_as_measured(run: dict[str, Any], row: dict[str, A
     """Whole steps, update and collectives included, on one and two H200s of one host."""
     size = Path(run["config"]).stem.removeprefix("lm_")
     before_copies = ["parallel.peer_copies=never"] if run["commit"].startswith("061b820") else []
-    cfg = config(size, *run["overrides"], *before_copies, f"parallel.tensor={row['tensor']}")
+    all_split = "parallel.gathered_width=0"  # no weights were gathered then
+    cfg = config(size, *run["overrides"], *before_copies, all_split, f"parallel.tensor={row['tensor']}")
     cfg = replace(cfg, data=replace(cfg.data, tokens_per_step=row["tokens_per_step"]))
     hosts = Cluster(
         nodes=1, gpus_per_node=row["world_size"], gpu="H200", nvlink_gb_s=NVLINK_GB_S, network_gb_s=NVLINK_GB_S
@@ -112,6 +114,23 @@ def test_gathered_weights_take_the_place_of_activations_that_no_graph_keeps(refu
     assert found.transient + found.activations == 48 * 2048 * 2048 * 4 * 5 // 4
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        ["parallel.tensor=1"],
+        ["parallel.sequence=false"],
+        ["parallel.zero_stage=2"],
+        ["data.micro_batch=2"],
+        ["parallel.gathered_width=0"],
+    ],
+    ids=str,
+)
+def test_nothing_is_gathered_where_the_layout_cannot(elsewhere: list[str]) -> None:
+    cfg = config("1b4", "parallel.tensor=4", "parallel.sequence=true", *elsewhere)
+    assert estimate(cfg, 4).gathered == 0
+    assert not [row for row in collectives(cfg, 4) if row.what.startswith("gathered weights")]
+
+
 @pytest.mark.parametrize(("nodes", "gpus", "gpu"), [(1, 1, "H200"), (1, 8, "A100"), (4, 8, "H100")])
 def test_every_planned_layout_fits_and_divides_the_step(nodes: int, gpus: int, gpu: str) -> None:
     plans = plan(config("1b4"), cluster(nodes, gpus, gpu))
@@ -138,6 +157,17 @@ def test_tensor_parallelism_costs_links_and_one_rank_none() -> None:
     for found in plan(config("130m"), cluster(1, 4)):
         assert (found.tp_s > 0) == (found.cfg.parallel.tensor > 1)
         assert (found.dp_s > 0) == (found.cfg.data_parallel(4) > 1)
+
+
+def test_gathered_widths_send_less_and_are_planned_with() -> None:
+    layout = ["parallel.tensor=4", "parallel.sequence=true", "data.tokens_per_step=16384"]
+    gathered, split = (
+        predict(config("1b4", *layout, f"parallel.gathered_width={width}"), cluster(1, 4)) for width in (0.5, 0)
+    )
+    # One pass of four sends, and 48 layers' weights of half of the heads come and go: 4.5 GiB of 24 fewer.
+    assert 0.3 * split.tp_s < gathered.tp_s < 0.6 * split.tp_s
+    assert (gathered.compute_s, gathered.update_s, gathered.dp_s) == (split.compute_s, split.update_s, split.dp_s)
+    assert gathered.memory.total > split.memory.total
 
 
 def test_what_cannot_be_planned_is_said() -> None:
@@ -176,6 +206,12 @@ def test_the_dry_run_prints_memory_and_collectives(capsys: pytest.CaptureFixture
     cfg = config("1b4", "parallel.tensor=2")
     assert f"{estimate(cfg, 32).total / GIB:.2f}" in printed
     for expected in ("outputs of mixers", "gradients of shared matrices", "updated parameters"):
+        assert expected in printed
+    gathering = ["parallel.tensor=2", "parallel.sequence=true"]
+    assert main(["--dry-run", path, "--world-size", "2", *gathering]) == 0
+    printed = capsys.readouterr().out
+    assert f"{estimate(config('1b4', *gathering), 2).gathered / GIB:.2f}" in printed
+    for expected in ("mixers of the narrowest 3", "gathered weights: z, x, out", "their gradients: z, x, out"):
         assert expected in printed
     assert main(["--dry-run", path, "--world-size", "0"]) == 2
     assert "0 ranks: there must be at least one" in capsys.readouterr().err
