@@ -20,6 +20,7 @@ from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.dropout import ChannelDrop
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
+from modeling.ops.kernels.row_sums import ConvSums, RateSums, add_row_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
 from modeling.ops.kernels.scan_forward import scan_outputs, scan_states
@@ -177,11 +178,11 @@ class _FusedMixer(torch.autograd.Function):
         grad_z, grad_xbc, grad_dt, grad_filling = grad_projected.split(parts, dim=-1)
         grad_filling.zero_()  # it meets rows of zeros, which a NaN would survive
         dots = None if total is None else total(row_dots(grad_normed, y, z, weights.gated_norm, drop_z))
-        grad_y, grad_norm = gated_norm_backward(
+        grad_y, norm_parts = gated_norm_backward(
             grad_normed, y, z, weights.gated_norm, squares, dots, grad_z,
             n_channels=shape.n_channels, eps=shape.eps, drop=drop_z,
         )  # fmt: skip
-        grad_mixed, grad_A_log, grad_bias, grad_D = scan_backward(
+        grad_mixed, rate_parts = scan_backward(
             grad_y,
             mixed,
             steps,
@@ -196,26 +197,17 @@ class _FusedMixer(torch.autograd.Function):
         )
         given, conv_seq_idx = _as_given(xbc, ctx.batch, seq_idx)
         grad_given, _ = _as_given(grad_xbc, ctx.batch, None)
-        grad_conv, grad_conv_bias = conv_backward(grad_mixed, given, _taps(weights), conv_seq_idx, grad_given, drop_xbc)
+        tap_parts = conv_backward(grad_mixed, given, _taps(weights), conv_seq_idx, grad_given, drop_xbc)
         grad_projected_me = grad_projected.flatten(0, 1)
         grad_x = ctx.exchange.start_times_sum(grad_projected_me, projection)
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
         add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
         add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)
         grad_bc, grad_in_dt, _ = product(grad_projected_me[:, 2 * inner :].T, x_md).split([bc, heads, filling])
-        for total_of, gradient in (
-            (sums.in_bc, grad_bc),
-            (sums.in_dt, grad_in_dt),
-            (sums.conv_x, grad_conv[:inner]),
-            (sums.conv_x_bias, grad_conv_bias[:inner]),
-            (sums.conv_bc, grad_conv[inner:]),
-            (sums.conv_bc_bias, grad_conv_bias[inner:]),
-            (sums.dt_bias, grad_bias),
-            (sums.A_log, grad_A_log),
-            (sums.D, grad_D),
-            (sums.gated_norm, grad_norm),
-        ):
-            total_of[: len(gradient)] += gradient
+        torch._foreach_add_([sums.in_bc, sums.in_dt[:heads]], [grad_bc, grad_in_dt])
+        conv_sums = ConvSums(sums.conv_x, sums.conv_x_bias, sums.conv_bc, sums.conv_bc_bias)
+        rate_sums = RateSums(sums.A_log, sums.dt_bias, sums.D)
+        add_row_sums(tap_parts, conv_sums, norm_parts, sums.gated_norm, rate_parts, rate_sums)
         returned = (mine if held is None else None for mine, held in zip(sums, ctx.sums, strict=True))
         return (grad_x.wait(), *returned, *(None,) * 7)
 

@@ -221,9 +221,9 @@ def conv_backward(
     seq_idx_bt: Tensor | None,
     grad_x_btc: Tensor,
     drop: ChannelDrop | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Write x's gradient into `grad_x_btc` (a slice of wider rows is fine), with the entries dropped that forward dropped;
-    return those of the taps (c 4) and the bias (c) of the channels in use, float32."""
+    return each program's part of those of the four taps and the bias of the channels in use, shape r 5 c, float32."""
     b, t, c = x_btc.shape
     grid, shape = _launch(t, c, b, seq_idx_bt)
     sums = torch.empty(b, grid[1], 5, c, dtype=torch.float32, device=x_btc.device)
@@ -233,5 +233,4 @@ def conv_backward(
         x_btc, x_btc.stride(1), *weights, seq_idx_bt, grad_btc, grad_x_btc, grad_x_btc.stride(1), sums, t, c, inner,
         *pointers, **shape, **flags, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
-    total_5c = sums.sum((0, 1))
-    return total_5c[:4].T, total_5c[4]
+    return sums.flatten(0, 1)

@@ -206,7 +206,7 @@ def gated_norm_backward(
     drop: ChannelDrop | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write z's gradient into `grad_z_bti` (a slice is fine), with the entries dropped that z's are; return y's (y's dtype) and
-    the weight's (float32).
+    each program's part of the weight's (r i, float32).
 
     `dots_bt` is `row_dots` summed over ranks, or None where this rank holds every channel.
     """
@@ -224,4 +224,4 @@ def gated_norm_backward(
         grad_bti, y_bti, z_bti, z_bti.stride(1), weight_i, sums_bt, dots_bt, grad_y, grad_z_bti, grad_z_bti.stride(1),
         grad_weight, b * t, i, n_channels, eps, *pointers, **shape, STAGES=stages, OWN_SUM=dots_bt is None, **flags, **limit,
     )  # fmt: skip
-    return grad_y, grad_weight.sum(0)
+    return grad_y, grad_weight

@@ -230,8 +230,9 @@ def scan_backward(
     headdim: int,
     seq_idx_bt: Tensor | None,
     drop: ChannelDrop | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of [x | B | C] (contiguous, in its dtype), and of A_log, dt_bias and D (float32, `heads` of them).
+) -> tuple[Tensor, Tensor]:
+    """Gradients of [x | B | C] (contiguous, in its dtype), and each chunk's part of those of A_log, dt_bias and D (r 3 h,
+    float32).
 
     dt's gradient is written into `grad_dt_bth`, which may be a slice of wider rows, with entries dropped as `drop` says.
     `grad_y_bti` is contiguous.
@@ -269,5 +270,4 @@ def scan_backward(
         steps.delta, A_log_h, rows, reached, decayed, grad_dt_bth, grad_dt_bth.stride(1), sums, t, h, n_chunks, *pointers,
         CHUNK=CHUNK, HEADS_AT_ONCE=16, **flags, num_warps=4,
     )  # fmt: skip
-    grad_A_log, grad_bias, grad_D = sums.sum((0, 1)).unbind()
-    return grad_mixed, grad_A_log, grad_bias, grad_D
+    return grad_mixed, sums.flatten(0, 1)
