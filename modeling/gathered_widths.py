@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,23 +37,24 @@ class GatheredWidths:
         The blocks' parameters have the `.grad` that this rank's own heads add up in, at addresses that stay as they are.
         """
         mixers = [block.mixer for block in blocks]
-        self._n_heads = self._unreturned = n_heads
+        self._tp, self._n_heads, self._unreturned = tp, n_heads, n_heads
         self._stream = torch.cuda.Stream() if mixers[0].in_z.is_cuda else None
-        ranks = dist.get_process_group_ranks(tp.group)
-        among = Among(
-            tp, dist.new_group(ranks, use_local_synchronization=True), local_heads(mixers[0].cfg.n_heads, tp.size)
-        )
+        # Connections of their own: CUDA graphs hold collectives of tp's group.
+        self._group: Any = dist.new_group(dist.get_process_group_ranks(tp.group), use_local_synchronization=True)
         copies = [_empty_copy(mixer) for mixer in mixers]
         self._parts = []
         for name in dict(mixers[0].named_parameters()):
-            if layout_of(name).is_sharded:
-                part = _Part(layout_of(name), [mixer.get_parameter(name) for mixer in mixers], n_heads, among)
-                self._parts.append(part)
-                whole: Sequence[nn.Parameter] = part.parameters
-            else:  # B's and C's are on every rank: its part of their gradient is summed over tp, of heads or of sequences
-                whole = [mixer.get_parameter(name) for mixer in mixers]
-            for copy, copied in zip(copies, whole, strict=True):
-                setattr(copy, name, copied)
+            owned = [mixer.get_parameter(name) for mixer in mixers]
+            layout = layout_of(name)
+            if layout.is_sharded:
+                self._parts.append(_Part(layout, owned, local_heads(mixers[0].cfg.n_heads, tp.size), n_heads, tp.size))
+                owned = self._parts[-1].parameters
+            # else B's or C's, on every rank: its part of their gradient is summed over tp, of heads or of sequences
+            for copy, parameter in zip(copies, owned, strict=True):
+                setattr(copy, name, parameter)
+        large = max(part.gradients[0].numel() for part in self._parts)
+        self._letters = [[part] for part in self._parts if part.gradients[0].numel() == large]
+        self._letters.append([part for part in self._parts if part.gradients[0].numel() < large])
         for block, copy in zip(blocks, copies, strict=True):
             block.gathered = Gathered(n_heads, copy)
         self.start_fetch()
@@ -62,17 +63,30 @@ class GatheredWidths:
         """Start to take over what the ranks' weights are now. Before `wait` the weights must not change, nor passes run that
         need them."""
         with self._beside():
-            for part in self._parts:
-                part.fetch()
+            for parts in self._letters:
+                mine, whole_r, of_parts = self._letter(parts, 0, self._n_heads)
+                for part, (of_mine, _) in zip(parts, of_parts, strict=True):
+                    torch._foreach_copy_(list(of_mine), part.of_layers(part.owned, 0, of_mine))
+                dist.all_gather_into_tensor(whole_r.flatten(), mine, group=self._group)
+                for part, (_, of_whole) in zip(parts, of_parts, strict=True):
+                    part.weights_r.copy_(of_whole)
 
     def start_return(self, above: int = 0) -> None:
         """Start to add the gradients of all ranks' sequences to those of the heads' owners: of the heads from number `above`
         on that have not been returned yet. Before `wait` no pass may run that adds to them, here or there."""
-        if above < self._unreturned:
-            with self._beside():
-                for part in self._parts:
-                    part.return_gradients(above, self._unreturned)
-            self._unreturned = above
+        if above >= self._unreturned:
+            return
+        first = local_heads(above, self._tp.size)
+        with self._beside():
+            for parts in self._letters:
+                mine, whole_r, of_parts = self._letter(parts, above, self._unreturned)
+                for part, (_, of_whole) in zip(parts, of_parts, strict=True):
+                    of_whole.copy_(part.ranks_heads(part.gradients_r, above, self._unreturned))
+                dist.reduce_scatter_tensor(mine, whole_r.flatten(), group=self._group)
+                for part, (of_mine, _) in zip(parts, of_parts, strict=True):
+                    gradients = [parameter.grad for parameter in part.owned if parameter.grad is not None]
+                    torch._foreach_add_(part.of_layers(gradients, first, of_mine), list(of_mine))
+        self._unreturned = above
 
     def start_clear(self) -> None:
         """Start to forget the gradients, for another step's."""
@@ -90,6 +104,17 @@ class GatheredWidths:
         """Whether a pass of these layers' widths needs what was fetched."""
         return min(widths) <= self._n_heads
 
+    def _letter(
+        self, parts: Sequence[_Part], low: int, high: int
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Room for this rank's entries of the heads `low` .. `high`, for all ranks' one after another, and each part's of both."""
+        shapes = [part.ranks_heads(part.gradients_r, low, high).shape for part in parts]
+        sizes = [shape.numel() // self._tp.size for shape in shapes]
+        mine = parts[0].gradients.new_empty(sum(sizes))
+        whole_r = mine.new_empty(self._tp.size, sum(sizes))
+        split = zip(mine.split(sizes), whole_r.split(sizes, dim=1), shapes, strict=True)
+        return mine, whole_r, [(of_mine.view(shape[1:]), of_whole.view(shape)) for of_mine, of_whole, shape in split]
+
     @contextmanager
     def _beside(self) -> Iterator[None]:
         if self._stream is None:
@@ -99,16 +124,6 @@ class GatheredWidths:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(self._stream):
             yield
-
-
-class Among(NamedTuple):
-    """Whom parts are exchanged with."""
-
-    tp: TensorParallel
-    group: Any
-    """tp's ranks, over connections of their own: CUDA graphs hold collectives of tp's own group."""
-    n_held: int
-    """Heads of each rank."""
 
 
 def _empty_copy(mixer: Mixer) -> Mixer:
@@ -124,40 +139,27 @@ def _empty_copy(mixer: Mixer) -> Mixer:
 
 
 class _Part:
-    """One sharded parameter of all layers, stacked so that a copy or collective takes all of them at once."""
+    """One sharded parameter of all layers, stacked so that a copy takes all of them at once."""
 
-    def __init__(self, layout: Layout, owned: list[nn.Parameter], n_heads: int, among: Among) -> None:
-        """`owned` are this rank's parts, one a layer."""
-        self._layout, self._owned, self._among = layout, owned, among
+    def __init__(self, layout: Layout, owned: list[nn.Parameter], n_held: int, n_heads: int, tp: int) -> None:
+        """`owned` are this rank's parts, one a layer, of `n_held` heads each; of the width's `n_heads` it has some."""
+        self.owned, self._layout, self._n_held = owned, layout, n_held
         dim = layout.sharded_dim
         shape = list(owned[0].shape)
-        shape[dim] = shape[dim] // among.n_held * n_heads
+        shape[dim] = shape[dim] // n_held * n_heads
         weights, self.gradients = (owned[0].new_zeros(len(owned), *shape) for _ in range(2))
         self.parameters = [nn.Parameter(weight) for weight in weights]
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
-        self._weights_r, self._gradients_r = (
-            by_rank(stacked, layout, n_heads, among.tp.size) for stacked in (weights, self.gradients)
-        )
+        self.weights_r, self.gradients_r = (by_rank(whole, layout, n_heads, tp) for whole in (weights, self.gradients))
 
-    def fetch(self) -> None:
-        arriving_r = torch.empty_like(self._weights_r, memory_format=torch.contiguous_format)
-        mine = torch.empty_like(arriving_r[0])
-        torch._foreach_copy_(list(mine), [self._heads(parameter, 0, mine) for parameter in self._owned])
-        dist.all_gather_into_tensor(arriving_r.flatten(0, 1), mine, group=self._among.group)
-        self._weights_r.copy_(arriving_r)
+    def ranks_heads(self, whole_r: Tensor, low: int, high: int) -> Tensor:
+        """Of `weights_r` or `gradients_r` the model's heads `low` .. `high`."""
+        first, last = (local_heads(n, len(whole_r)) for n in (low, high))
+        return whole_r.narrow(2 + self._layout.sharded_dim, first, last - first)
 
-    def return_gradients(self, low: int, high: int) -> None:
-        """Of the model's heads `low` .. `high`."""
-        first, last = (local_heads(n, self._among.tp.size) for n in (low, high))
-        leaving_r = self._gradients_r.narrow(2 + self._layout.sharded_dim, first, last - first).contiguous()
-        mine = torch.empty_like(leaving_r[0])
-        dist.reduce_scatter_tensor(mine, leaving_r.flatten(0, 1), group=self._among.group)
-        gradients = [parameter.grad for parameter in self._owned if parameter.grad is not None]
-        torch._foreach_add_([self._heads(gradient, first, mine) for gradient in gradients], list(mine))
-
-    def _heads(self, owned: Tensor, first: int, like: Tensor) -> Tensor:
-        """Of this rank's part of one layer as many heads as `like` has, from its own number `first` on."""
-        heads = split_heads(owned[None], self._layout, self._among.n_held)
+    def of_layers(self, owned: Sequence[Tensor], first: int, like: Tensor) -> list[Tensor]:
+        """Of this rank's own parts, or their gradients, as many heads as `like` has, from its own number `first` on."""
         dim = 1 + self._layout.sharded_dim
-        return heads.narrow(dim, first, like.shape[dim])[0]
+        heads = [split_heads(part[None], self._layout, self._n_held) for part in owned]
+        return [part.narrow(dim, first, like.shape[dim])[0] for part in heads]

@@ -114,11 +114,13 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
     rows.append(of_mixers("gated norm, forward and backward", "all-reduce", (again + 1) * layers, tokens * FLOAT))
     if text:
         rows += _vocabulary(tokens, of_a_pass)
-    for what, operation in (("gathered weights", "all-gather"), ("their gradients", "reduce-scatter")):
-        rows += [
-            Collective(f"{what}: {names}", operation, "tp", 0, count, numbers * FLOAT)
-            for names, count, numbers in _gathered_weights(cfg)
-        ]
+    if cfg.gathered_heads:
+        rows += _of_gathered_weights(cfg, "gathered weights", "all-gather", cfg.gathered_heads)
+        # As soon as no pass is left that adds to them: the widest's own heads first.
+        gathered = [n_heads for n_heads in widths if n_heads <= cfg.gathered_heads]
+        for n_heads, narrower in zip(gathered, [*gathered[1:], 0], strict=True):
+            heads = f"heads {narrower} to {n_heads - 1}"
+            rows += _of_gathered_weights(cfg, f"their gradients, {heads}", "reduce-scatter", n_heads - narrower)
     shared = _shared_weights(cfg)
     if not cfg.parallel.keeps_gradients:
         return rows + [of_a_pass(what, "all-reduce", count, math.prod(shape) * FLOAT) for what, count, shape in shared]
@@ -151,19 +153,17 @@ def _shared_weights(cfg: RunConfig) -> list[tuple[str, int, tuple[int, ...]]]:
     return found
 
 
-def _gathered_weights(cfg: RunConfig) -> list[tuple[str, int, int]]:
-    """Of the weights that ranks gather: which, how many, and the numbers of each over all layers; none where none are."""
-    model, n_heads = cfg.model, cfg.gathered_heads
-    if not n_heads:
-        return []
+def _of_gathered_weights(cfg: RunConfig, what: str, operation: str, n_heads: int) -> list[Collective]:
+    """What a step sends of so many heads' weights over all layers: three parameters alone, the others together."""
+    model = cfg.model
     heads = model.n_layers * n_heads
-    inner = heads * model.headdim
+    others = (
+        model.d_model + model.headdim * (model.d_conv + 2) + 3
+    )  # dt; taps, their bias and the norm; A, D, dt's bias
+    matrices = heads * model.headdim * model.d_model
     return [
-        ("z, x, out", 3, inner * model.d_model),
-        ("dt", 1, heads * model.d_model),
-        ("taps", 1, inner * model.d_conv),
-        ("taps' bias, gated norm", 2, inner),
-        ("A, D, dt's bias", 3, heads),
+        Collective(f"{what}: z, x, out", operation, "tp", 0, 3, matrices * FLOAT),
+        Collective(f"{what}: all else", operation, "tp", 0, 1, heads * others * FLOAT),
     ]
 
 

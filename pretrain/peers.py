@@ -1,4 +1,4 @@
-"""Whether tensor-parallel ranks write into each other's memory, and the trays that they do it with."""
+"""What tensor-parallel ranks share out, whether they write into each other's memory, and the trays that they do it with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from modeling.nesting import width_name
 from modeling.peer_exchange import PeerExchange
 from modeling.symmetric_mail import SymmetricMail
+from pretrain.config import RunConfig
 from pretrain.config_sections import ParallelConfig
 from pretrain.distributed import Ranks
 
@@ -31,6 +33,20 @@ def with_peer_copies(ranks: Ranks, cfg: ParallelConfig) -> Ranks:
         why = next(filter(None, ranks.gather_objects(why)), None)
     logger.info("tensor parallelism sends: %s", "copies between GPUs" if why is None else f"collectives ({why})")
     return ranks if why else replace(ranks, tp=replace(ranks.tp, peers=peers))
+
+
+def shared_out(cfg: RunConfig) -> str:
+    """What each tensor-parallel rank takes of a pass under sequence parallelism, for the log."""
+    if cfg.gathered_heads:
+        widest = width_name(cfg.gathered_heads, cfg.model.n_heads)
+        return f"sequences, up to width {widest}, whose weights every rank gathers; heads, of wider ones"
+    if not cfg.parallel.keeps_gradients:
+        why = "ZeRO 2 takes gradients away in each backward"
+    elif cfg.data.micro_batch % cfg.parallel.tensor:
+        why = f"data.micro_batch={cfg.data.micro_batch} does not give {cfg.parallel.tensor} ranks whole sequences"
+    else:
+        why = f"parallel.gathered_width={cfg.parallel.gathered_width:g}"
+    return f"heads, of every width ({why})"
 
 
 def _why_collectives(ranks: Ranks, cfg: ParallelConfig) -> str | None:

@@ -36,7 +36,7 @@ from pretrain.metrics import MetricsWriter, Record, StepMeter
 from pretrain.objective import add_gradients, graphed, step_widths
 from pretrain.optim import learning_rate
 from pretrain.passes import why_launched
-from pretrain.peers import with_peer_copies
+from pretrain.peers import shared_out, with_peer_copies
 from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
 from pretrain.provenance import git_commit, versions
@@ -291,6 +291,8 @@ def main(cfg: RunConfig) -> int:
     model.init_weights(cfg.seed)
     warm_start(model, cfg, ranks)
     engine = Engine(model, cfg, ranks)
+    if cfg.parallel.tensor > 1 and cfg.parallel.sequence:
+        logger.info("tensor parallelism shares out: %s", shared_out(cfg))
     state = resume.resume(engine, cfg, ranks, dataset) or RunState()
     loader = task.loader(ranks, start=state.sequence)
     validation = task.validation(ranks)

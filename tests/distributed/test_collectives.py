@@ -35,14 +35,16 @@ class Recorder(TorchDispatchMode):
     def __init__(self, ranks: Ranks) -> None:
         super().__init__()
         self.calls: Calls = Counter()
-        self.groups = {ranks.tp.group.group_name: "tp", ranks.dp_group.group_name: "dp"}
+        groups = {"tp": ranks.tp.group, "dp": ranks.dp_group}
+        self.over = {tuple(dist.get_process_group_ranks(group)): over for over, group in groups.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             group = next(dist.ProcessGroup.unbox(a) for a in args if "ProcessGroup" in str(getattr(a, "_type", str)()))
             tensors = [x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, torch.Tensor)]
             whole = max(x.numel() * x.element_size() for x in tensors)
-            key = (OPERATIONS[func.__name__.partition(".")[0]], self.groups[group.group_name], whole)
+            over = self.over[tuple(dist.get_process_group_ranks(group))]
+            key = (OPERATIONS[func.__name__.partition(".")[0]], over, whole)
             self.calls[key] += 1
         return func(*args, **(kwargs or {}))
 

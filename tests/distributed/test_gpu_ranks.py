@@ -1,4 +1,5 @@
-"""On two GPUs, through torchrun and NCCL: every layout trains as one GPU does, and a killed rank's run goes on with fewer."""
+"""On two and four GPUs, through torchrun and NCCL: every layout trains as one GPU does, and a killed rank's run goes on on
+other numbers of them."""
 
 from __future__ import annotations
 
@@ -24,13 +25,26 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for two CUDA GPUs"),
 ]
 
-MODEL = {"d_model": 64, "headdim": 16, "d_state": 16, "chunk_size": 64}
+MODEL = {"d_model": 64, "headdim": 16, "d_state": 16, "chunk_size": 64, "widths": [16, 8, 4]}
+DATA = {"micro_batch": 4, "tokens_per_step": 512}
 LAYOUTS = [
     pytest.param(["parallel.tensor=2"], id="tp 2"),
     pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp 2, sequence"),
+    pytest.param(
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.gathered_width=0"], id="tp 2, sequence, split"
+    ),
     pytest.param(["parallel.tensor=2", "parallel.activation_checkpointing=block"], id="tp 2, block"),
     pytest.param([], id="dp 2"),
     pytest.param(["parallel.zero_stage=2"], id="dp 2, ZeRO 2"),
+]
+FOUR = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="waits for four CUDA GPUs")
+LAYOUTS_OF_FOUR = [
+    pytest.param(["parallel.tensor=4", "parallel.sequence=true"], id="tp 4, sequence"),
+    pytest.param(
+        ["parallel.tensor=4", "parallel.sequence=true", "parallel.gathered_width=0"], id="tp 4, sequence, split"
+    ),
+    pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp 2, sequence, dp 2"),
+    pytest.param([], id="dp 4"),
 ]
 
 
@@ -49,7 +63,9 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 def config(request: pytest.FixtureRequest, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bf16 runs on our kernels, fp32 on the plain path."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = run_config(dataset, folder / "unused", model=MODEL, precision=request.param, checkpoint={"every_steps": 5})
+    cfg = run_config(
+        dataset, folder / "unused", model=MODEL, data=DATA, precision=request.param, checkpoint={"every_steps": 5}
+    )
     path = folder / "run.yaml"
     path.write_text(config_to_yaml(cfg))
     return path
@@ -78,7 +94,17 @@ def assert_trained_alike(config: Path, folder: Path, alone: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_trains_as_one_gpu(layout: list[str], config: Path, alone: Path, tmp_path: Path) -> None:
-    done = start_run(2, "tests.distributed.test_gpu_ranks", config, f"run_dir={tmp_path}", *layout)
+    train_on(2, layout, config, alone, tmp_path)
+
+
+@FOUR
+@pytest.mark.parametrize("layout", LAYOUTS_OF_FOUR)
+def test_a_layout_of_four_trains_as_one_gpu(layout: list[str], config: Path, alone: Path, tmp_path: Path) -> None:
+    train_on(4, layout, config, alone, tmp_path)
+
+
+def train_on(gpus: int, layout: list[str], config: Path, alone: Path, tmp_path: Path) -> None:
+    done = start_run(gpus, "tests.distributed.test_gpu_ranks", config, f"run_dir={tmp_path}", *layout)
     assert done.returncode == 0, said(done)
     captured = "parallel.zero_stage=2" not in layout
     assert ("passes: CUDA graphs" in done.stdout + done.stderr) is captured
@@ -86,9 +112,22 @@ def test_a_layout_trains_as_one_gpu(layout: list[str], config: Path, alone: Path
     assert_trained_alike(config, tmp_path, alone)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]])
-def test_a_killed_ranks_run_goes_on_on_one_gpu(layout: list[str], config: Path, alone: Path, tmp_path: Path) -> None:
-    """Rank 1 dies in step 8, after the save at 5; one GPU takes it from there, on the same data."""
+SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "gpus", "onward"),
+    [
+        pytest.param(["parallel.tensor=2"], 1, [], id="tp 2 to one"),
+        pytest.param([], 1, [], id="dp 2 to one"),
+        pytest.param(SEQUENCE, 1, [], id="tp 2, sequence, to one"),
+        pytest.param(SEQUENCE, 4, ["parallel.tensor=4", "parallel.sequence=true"], id="tp 2 to tp 4", marks=FOUR),
+    ],
+)
+def test_a_killed_ranks_run_goes_on_on_other_gpus(
+    layout: list[str], gpus: int, onward: list[str], config: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Rank 1 dies in step 8, after the save at 5; others take it from there, on the same data."""
     # Three steps take a GPU milliseconds: a save that is written meanwhile may not be whole when the rank dies.
     saved = "checkpoint.asynchronous=false"
     arguments = [config, f"run_dir={tmp_path}", saved, *layout]
@@ -96,7 +135,7 @@ def test_a_killed_ranks_run_goes_on_on_one_gpu(layout: list[str], config: Path, 
     assert killed.returncode != 0, "a rank was killed"
     assert "Signal 9 (SIGKILL)" in said(killed)
     assert max(record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")) < 8
-    done = start_run(1, "pretrain", config, f"run_dir={tmp_path}")
+    done = start_run(gpus, "pretrain", config, f"run_dir={tmp_path}", *onward)
     assert done.returncode == 0, said(done)
     assert "step_00000005: step 5," in "".join(said(done).splitlines()), "resumed from the save, not from the start"
     assert_trained_alike(config, tmp_path, alone)

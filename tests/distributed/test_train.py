@@ -29,9 +29,22 @@ from tests.distributed.toy_run import damage, losses, run_config, train_until
         {"nesting": {"mix_rate": 0.5}},
         {"nesting": {"distill_weight": 0.5}, "data": {"reset_at_documents": True}},
         {"parallel": {"tensor": 2}},
+        {
+            "parallel": {"tensor": 2, "sequence": True},
+            "nesting": {"mix_rate": 0.5},
+            "data": {"reset_at_documents": True},
+        },
         {"parallel": {"zero_stage": 2}},
     ],
-    ids=["all widths", "sandwich, separate draws", "mixes", "distillation, documents reset", "tp 2", "ZeRO 2"],
+    ids=[
+        "all widths",
+        "sandwich, separate draws",
+        "mixes",
+        "distillation, documents reset",
+        "tp 2",
+        "tp 2 with gathered widths, mixes, documents reset",
+        "ZeRO 2",
+    ],
 )
 def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(
     overrides: dict[str, Any], dataset: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from modeling.config import VisionConfig
+from modeling.gathered_widths import GatheredWidths
 from modeling.noise import Noise
-from modeling.tensor_parallel import TensorParallel, layout_of, local_index
+from modeling.tensor_parallel import TensorParallel, is_partial, layout_of, local_index
 from modeling.vision import VisionModel
 from pretrain.distributed import init_ranks
+from pretrain.gradients import GradientBuffer
 from tests.distributed.harness import RankFailedError, run_ranks
 
 WIDTHS = [(8, 8), (4, 4), (8, 4)]
@@ -58,9 +61,24 @@ def on_ranks(cfg: VisionConfig, sequence: bool) -> dict[str, Any]:
     return results(model)
 
 
-def compare(cfg: VisionConfig, sequence: bool) -> None:
+def on_ranks_that_gather(cfg: VisionConfig) -> dict[str, Any]:
+    """Half of the width on images of each rank's own."""
+    ranks = init_ranks(2, sequence=True)
+    model = VisionModel(cfg, tp=ranks.tp, in_place_gradients=True)
+    model.init_weights(7)
+    GradientBuffer(model.parameters())
+    gathered = GatheredWidths(model.blocks, model.tp, 4)
+    found = results(model)
+    gathered.start_return()
+    for name, gradient in found["gradients"].items():
+        if is_partial(name, sequence=True):
+            torch.distributed.all_reduce(gradient)
+    return found
+
+
+def compare(cfg: VisionConfig, on_rank: Callable[..., dict[str, Any]], *args: Any) -> None:
     expected = one_rank(cfg)
-    for rank, result in enumerate(run_ranks(2, on_ranks, cfg, sequence)):
+    for rank, result in enumerate(run_ranks(2, on_rank, cfg, *args)):
         assert_close(torch.tensor(result["losses"]), torch.tensor(expected["losses"]), "losses")
         for name, whole in expected["gradients"].items():
             index = local_index(tuple(whole.shape), layout_of(name), cfg.n_heads, 2, rank)
@@ -75,7 +93,13 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
 @pytest.mark.parametrize("pool", ["cls", "avg"])
 @pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
 def test_two_ranks_equal_one(sequence: bool, pool: str) -> None:
-    compare(config(pool), sequence)
+    compare(config(pool), on_ranks, sequence)
+
+
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_two_ranks_that_gather_half_of_the_width_equal_one(pool: str) -> None:
+    """With the masks of the whole model's channels and of each rank's images."""
+    compare(config(pool), on_ranks_that_gather)
 
 
 def _as_sharded(self: TensorParallel, x: Tensor) -> Tensor:
@@ -90,4 +114,4 @@ def _as_sharded(self: TensorParallel, x: Tensor) -> Tensor:
 def test_a_wrong_collective_is_noticed(method: str, mutation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorParallel, method, mutation)
     with pytest.raises((AssertionError, RankFailedError)):
-        compare(config(), sequence=True)
+        compare(config(), on_ranks, True)

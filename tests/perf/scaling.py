@@ -152,7 +152,8 @@ def _steps(engine: Engine, cfg: RunConfig, ranks: Ranks, steps: int) -> Row:
         start = time.perf_counter()
         loss, norm = take_step(engine, cfg, batches)
         if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+            # As the trainer, which reads the norm: what goes on beside the next step (gathered widths' weights) counts there.
+            torch.cuda.current_stream().synchronize()
         taken.append(time.perf_counter() - start)
         losses.append(ranks.mean(loss))
         norms.append(norm)

@@ -211,7 +211,11 @@ def test_the_dry_run_prints_memory_and_collectives(capsys: pytest.CaptureFixture
     assert main(["--dry-run", path, "--world-size", "2", *gathering]) == 0
     printed = capsys.readouterr().out
     assert f"{estimate(config('1b4', *gathering), 2).gathered / GIB:.2f}" in printed
-    for expected in ("mixers of the narrowest 3", "gathered weights: z, x, out", "their gradients: z, x, out"):
+    for expected in (
+        "mixers of the narrowest 3",
+        "gathered weights: z, x, out",
+        "their gradients, heads 0 to 7: z, x, out",
+    ):
         assert expected in printed
     assert main(["--dry-run", path, "--world-size", "0"]) == 2
     assert "0 ranks: there must be at least one" in capsys.readouterr().err
