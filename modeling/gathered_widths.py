@@ -38,7 +38,9 @@ class GatheredWidths:
         """
         mixers = [block.mixer for block in blocks]
         self._tp, self._n_heads, self._unreturned = tp, n_heads, n_heads
-        self._stream = torch.cuda.Stream() if mixers[0].in_z.is_cuda else None
+        on_gpu = mixers[0].in_z.is_cuda
+        self._stream = torch.cuda.Stream() if on_gpu else None
+        self._fetched = torch.cuda.Event() if on_gpu else None
         # Connections of their own: CUDA graphs hold collectives of tp's group.
         self._group: Any = dist.new_group(dist.get_process_group_ranks(tp.group), use_local_synchronization=True)
         copies = [_empty_copy(mixer) for mixer in mixers]
@@ -60,8 +62,8 @@ class GatheredWidths:
         self.start_fetch()
 
     def start_fetch(self) -> None:
-        """Start to take over what the ranks' weights are now. Before `wait` the weights must not change, nor passes run that
-        need them."""
+        """Start to take over what the ranks' weights are now. Before `wait_fetched` the weights must not change, nor passes run
+        that need them."""
         with self._beside():
             for parts in self._letters:
                 mine, whole_r, of_parts = self._letter(parts, 0, self._n_heads)
@@ -70,6 +72,8 @@ class GatheredWidths:
                 dist.all_gather_into_tensor(whole_r.flatten(), mine, group=self._group)
                 for part, (_, of_whole) in zip(parts, of_parts, strict=True):
                     part.weights_r.copy_(of_whole)
+            if self._fetched is not None:
+                self._fetched.record()
 
     def start_return(self, above: int = 0) -> None:
         """Start to add the gradients of all ranks' sequences to those of the heads' owners: of the heads from number `above`
@@ -99,6 +103,11 @@ class GatheredWidths:
         """What follows on this stream is after all that was started."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+    def wait_fetched(self) -> None:
+        """What follows on this stream is after the weights have come in; gradients may still be on their way."""
+        if self._fetched is not None:
+            torch.cuda.current_stream().wait_event(self._fetched)
 
     def runs(self, widths: LayerWidths) -> bool:
         """Whether a pass of these layers' widths needs what was fetched."""

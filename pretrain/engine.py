@@ -205,7 +205,7 @@ class Engine:
             yield
             return
         if self.gathered is not None:
-            self.gathered.wait()  # until it has read the weights
+            self.gathered.wait_fetched()  # it has read the weights
         kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             flat = torch.zeros(parameter.numel(), device=parameter.device)

@@ -84,7 +84,7 @@ def add_gradients(
         inputs = inputs._replace(scale=torch.full_like(inputs.scale, width.weight / n_micro))
         gathered, after = engine.gathered, widths[i + 1 :]
         if gathered is not None and gathered.runs(width.layers):
-            gathered.wait()
+            gathered.wait_fetched()
         if engine.graphs is not None:
             loss = engine.graphs(width.layers, inputs)
         else:
