@@ -1,4 +1,4 @@
-"""The training loss of our kernels beside the plain path's, and beside another seed's, on one GPU.
+"""The training loss of our kernels beside the plain path's, and beside another seed's, on GPUs of one kind.
 
     python -m tests.perf.loss_curve configs/lm_130m.yaml data.path=SHARDS data.tokens_per_step=8192 data.micro_batch=8 \\
         --steps 500 --folder /tmp/curves --out docs/benchmarks/loss_curve.json --plot docs/images/loss_curve.png
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -73,17 +74,21 @@ def be_plain() -> None:
     modeling.loss._cross_entropy_piece = cross_entropy_piece
 
 
-def start(args: argparse.Namespace, name: str, *, plain: bool, seed: int) -> subprocess.Popen[bytes]:
-    """A run of the trainer in a process of its own."""
+def start(args: argparse.Namespace, name: str, place: int, *, plain: bool, seed: int) -> subprocess.Popen[bytes]:
+    """A run of the trainer in a process of its own; of runs at once, the one of number `place`."""
     folder = args.folder / name
     overrides = [*args.overrides, f"run_dir={folder}", f"seed={seed}", f"optim.steps={args.steps}"]
     overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
     # Short chunks: the plain scan holds a chunk x chunk matrix a head.
     overrides += ["model.chunk_size=64"] if plain else []
     worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
-    worker += ["--at-once"] if args.at_once else []
+    settings = dict(os.environ)
+    if args.at_once:
+        worker += ["--at-once"]
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        settings["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[place % len(gpus.split(","))]
     print(f"{name}: {args.steps} steps", flush=True)
-    return subprocess.Popen(worker)
+    return subprocess.Popen(worker, env=settings)
 
 
 def curves_of(args: argparse.Namespace, name: str) -> Curves:
@@ -126,14 +131,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="the three runs go here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--at-once", action="store_true", help="the three runs side by side, where memory allows")
+    parser.add_argument(
+        "--at-once", action="store_true", help="the three runs side by side, over all GPUs that there are"
+    )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if args.worker is not None:
         if args.worker:
             be_plain()
         if args.at_once:
-            preflight.LEAST_FREE = 0.0  # the other two runs are on this GPU as well
+            preflight.LEAST_FREE = 0.0  # another of the runs may be on this GPU as well
         from pretrain.train import main as train
 
         sys.exit(train(load_config(args.config, args.overrides)))
@@ -146,8 +153,8 @@ def main() -> None:
         "plain": {"plain": True, "seed": seed},
     }
     running = []
-    for name, how in asked.items():
-        running.append(start(args, name, **how))
+    for place, (name, how) in enumerate(asked.items()):
+        running.append(start(args, name, place, **how))
         if not args.at_once:
             running[-1].wait()
     if any(process.wait() for process in running):
