@@ -50,9 +50,13 @@ PARAMETER_S, OUTSIDE_S = 4e-12, 20e-12
 WIDTH_USED = 0.4
 """What these kernels gain of a wider memory: on an H200, 1.43 times as wide, they took 0.85 of the H100's time. What else they
 do, exponentials and sums over a tile, is as fast on both."""
-UPDATE_S, UPDATE_HOST_S = 21e-12, 0.022
-"""The update, on an H200: a parameter (copies of all, and AdamW of the shard, half and half), and in any case. Measured with
-DeepSpeed's own step; pretrain.flat_update's has no copies: an upper bound."""
+UPDATE_S, UPDATE_HOST_S = 12e-12, 0.004
+"""The update, on an H200: AdamW and the norm, a parameter of the shard, and in any case (pretrain.flat_update)."""
+CLEAR_S = 1e-12
+"""Zeroing gradients, a parameter of the rank."""
+SMALL_S = 0.2e-3
+"""What a layer of a pass takes that does not shrink with a rank's share of it: kernels shorter than their launch, parts that are
+summed, copies that are waited for. One rank's is in the rates above."""
 HOST_S = {"none": 3.4e-3, "states": 3.4e-3, "selective": 3.8e-3, "block": 4.6e-3}
 """What the host needs to launch one layer of one pass where passes are no CUDA graphs: more than the GPU takes for 370M and
 790M. Measured while DeepSpeed's hooks were still on every pass: an upper bound."""
@@ -62,7 +66,7 @@ LATENCY_S = 20e-6
 """Of one collective."""
 PEER_COPY_GB_S = 369.0
 """One way, of copies from GPU to GPU, in which mixers send under sequence parallelism (parallel.peer_copies)."""
-NVLINK_GB_S = 200.0
+NVLINK_GB_S = 230.0
 """One way, of a ring on two H200s: 287 where nothing else ran, 167 to 248 beside matrix products
 (docs/benchmarks/scaling_h200_202611.md)."""
 
@@ -186,16 +190,18 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
         residual = between * model.d_model * model.n_layers * RESIDUAL_S
         bound += residual * (1 + FORWARD_SHARE if again == "block" else 1)
         bound += tokens / tp * model.n_vocab_rows * VOCABULARY_S + tokens * model.d_model * OUTSIDE_S
-    bound += passes_per_step(cfg, cluster.world_size) * local_parameters(model, tp) * PARAMETER_S
+    passes = passes_per_step(cfg, cluster.world_size)
+    bound += passes * local_parameters(model, tp) * PARAMETER_S
     faster = GPU_PEAK_TFLOPS[cluster.gpu] / GPU_PEAK_TFLOPS[MEASURED_ON]
     wider = _wider(cluster, MEASURED_ON)
     # A narrower memory binds them all the more.
-    return products / (PRODUCT_FLOP_S * faster) + bound / (1 + WIDTH_USED * (wider - 1) if wider > 1 else wider)
+    seconds = products / (PRODUCT_FLOP_S * faster) + bound / (1 + WIDTH_USED * (wider - 1) if wider > 1 else wider)
+    return seconds + passes * model.n_layers * SMALL_S * (1 - 1 / tp)
 
 
 def _update_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
     parameters = local_parameters(cfg.model, cfg.parallel.tensor)
-    bound = parameters * UPDATE_S * (0.5 + 0.5 / cfg.data_parallel(cluster.world_size))
+    bound = parameters * (UPDATE_S / cfg.data_parallel(cluster.world_size) + CLEAR_S)
     return bound / _wider(cluster, "H200") + UPDATE_HOST_S
 
 

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for two CUDA GPUs"),
 ]
 
-MODEL = {"d_model": 64, "headdim": 16, "d_state": 16, "chunk_size": 64, "widths": [16, 8, 4]}
+MODEL = {"d_model": 128, "headdim": 16, "d_state": 16, "chunk_size": 64, "widths": [16, 8, 4]}
 DATA = {"micro_batch": 4, "tokens_per_step": 512}
 LAYOUTS = [
     pytest.param(["parallel.tensor=2"], id="tp 2"),
