@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.config import RunConfig
 from pretrain.config_io import config_to_plain
 from tests.distributed.test_layouts import small_run
 from tests.perf import scaling
@@ -42,6 +43,23 @@ def test_layouts_of_one_step_agree_and_are_recorded(tmp_path: Path, monkeypatch:
         assert row.get("norms_off", 0) < 1e-5
         assert row["planned_step_s"] > 0
         assert row["of_one_device"] > 0
+
+
+def test_only_the_layouts_that_are_named_are_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "toy.yaml"
+    config.write_text(yaml.safe_dump(config_to_plain(small_run())))
+    launched = []
+
+    def record(layouts: dict[str, RunConfig], world_size: int, steps: int) -> list[scaling.Row]:
+        launched.append(
+            (world_size, {how: (cfg.parallel.tensor, cfg.data.tokens_per_step) for how, cfg in layouts.items()})
+        )
+        return []
+
+    monkeypatch.setattr(scaling, "launch", record)
+    monkeypatch.setattr(sys, "argv", ["scaling", str(config), "--layouts", "1x1", "2x2"])
+    scaling.main()
+    assert launched == [(1, {"strong": (1, 64), "weak": (1, 16)}), (4, {"strong": (2, 64), "weak": (2, 32)})]
 
 
 def test_overlap_is_counted_once() -> None:

@@ -2,14 +2,16 @@
 
     python -m tests.perf.scaling configs/lm_1b4.yaml --gpus 1 2 4 8 --tensor 1 2 4 [--scaling weak strong] -o record.json
         [section.field=value ...]
+    python -m tests.perf.scaling configs/lm_1b4.yaml --layouts 1x1 4x1 -o record.json parallel.sequence=true    # tp x dp
 
-For each number of GPUs and each tensor-parallel size that divides it, torchrun starts ranks that take steps on the same
-random tokens through the trainer's own engine and objective. weak: each data-parallel replica keeps the configured micro-batch,
-one a step. strong: the step stays that of one replica times the largest data parallelism, shared out. A launch of ranks
-measures both, strong first. A row has the median
-step, tokens/s a GPU and its share of one GPU's, the loss and gradient norm of the first steps beside one GPU's on the same
-step (strong: the same tokens), the planner's step, and, on GPUs, the time of each collective and of copies between GPUs, and
-how much of it runs while something else does. Rows are written as they come. Without GPUs the ranks are CPU processes over gloo: for trying it out.
+For each number of GPUs and each tensor-parallel size that divides it, or each layout that is named, torchrun starts ranks
+that take steps on the same random tokens through the trainer's own engine and objective. weak: each data-parallel replica
+keeps the configured micro-batch, one a step. strong: the step stays that of one replica times the largest data parallelism,
+shared out. A launch of ranks measures both, strong first. A row has the median step, tokens/s a GPU and its share of one
+GPU's (where that was measured first), the loss and gradient norm of the first steps beside one GPU's on the same step
+(strong: the same tokens), the planner's step, and, on GPUs, the time of each collective and of copies between GPUs, and how
+much of it runs while something else does. Rows are written as they come. Without GPUs the ranks are CPU processes over gloo:
+for trying it out.
 """
 
 from __future__ import annotations
@@ -212,6 +214,12 @@ def launch(layouts: dict[str, RunConfig], world_size: int, steps: int) -> list[R
         return rows
 
 
+def layout_named(text: str) -> tuple[int, int]:
+    """Tensor- and data-parallel size of "2x4"."""
+    tensor, _, data = text.partition("x")
+    return int(tensor), int(data)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         asked = json.loads(Path(sys.argv[2]).read_text())
@@ -225,6 +233,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--layouts", type=layout_named, nargs="+", help="tp x dp each, instead of --gpus and --tensor")
     parser.add_argument("--scaling", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--nvlink-gb-s", type=float, default=NVLINK_GB_S)
@@ -233,24 +242,24 @@ def main() -> None:
     cfg = load_config(args.config, ["run_dir=unused", "data.path=unused", *args.overrides])
     rows: list[Row] = []
     baselines: dict[str, Row] = {}
-    for world_size in sorted(args.gpus):
-        for tensor in [tp for tp in args.tensor if world_size % tp == 0]:
-            layouts = {}
-            for scaling in sorted(
-                args.scaling
-            ):  # strong first: weights as they began, and one step's tokens everywhere
-                try:
-                    layouts[scaling] = layout(cfg, world_size, tensor, scaling, max(args.gpus))
-                except ConfigError as error:
-                    print(f"{scaling}, {world_size} ranks, tp {tensor}: left out: {error}", flush=True)
-            for row in launch(layouts, world_size, args.steps) if layouts else []:
-                scaling = row["scaling"]
-                rows.append(beside(row, layouts[scaling], baselines.get(scaling), args))
-                baselines.setdefault(scaling, row)
-                print(json.dumps(rows[-1]), flush=True)
-            if args.output:
-                about = {"config": args.config, "overrides": args.overrides, "commit": git_commit()}
-                args.output.write_text(json.dumps({"rows": rows, **about, "versions": versions()}, indent=1) + "\n")
+    asked = args.layouts or [(tp, gpus // tp) for gpus in sorted(args.gpus) for tp in args.tensor if gpus % tp == 0]
+    largest = max(tp * dp for tp, dp in asked)
+    for tensor, dp in asked:
+        layouts, world_size = {}, tensor * dp
+        for scaling in sorted(args.scaling):  # strong first: weights as they began, and one step's tokens everywhere
+            try:
+                layouts[scaling] = layout(cfg, world_size, tensor, scaling, largest)
+            except ConfigError as error:
+                print(f"{scaling}, {world_size} ranks, tp {tensor}: left out: {error}", flush=True)
+        for row in launch(layouts, world_size, args.steps) if layouts else []:
+            scaling = row["scaling"]
+            rows.append(beside(row, layouts[scaling], baselines.get(scaling), args))
+            if world_size == 1:
+                baselines[scaling] = row
+            print(json.dumps(rows[-1]), flush=True)
+        if args.output:
+            about = {"config": args.config, "overrides": args.overrides, "commit": git_commit()}
+            args.output.write_text(json.dumps({"rows": rows, **about, "versions": versions()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
