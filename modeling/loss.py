@@ -87,8 +87,8 @@ def distillation_sum(student_mv: Tensor, teacher_mv: Tensor, temperature: float,
 
 def _log_sum_exp(logits_mv: Tensor, tp: TensorParallel) -> Tensor:
     peak_m1 = tp.maximum(logits_mv.amax(-1, keepdim=True))
-    # Every rank takes the same loss from the sum, so its gradient is complete on each: `sum`, not `total`.
-    return peak_m1 + torch.log(tp.sum(torch.exp(logits_mv - peak_m1).sum(-1, keepdim=True)))
+    # Each rank subtracts it from its own rows alone, so that its gradient is partial on each: `total`, not `sum`.
+    return peak_m1 + torch.log(tp.total(torch.exp(logits_mv - peak_m1).sum(-1, keepdim=True)))
 
 
 def _cross_entropy_piece(
