@@ -10,9 +10,9 @@ r: ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ class GatheredWidths:
     """The heads up to one width of every block's mixer, on each of `tp`'s ranks. All of them must make and call it alike.
 
     On a GPU weights and gradients travel on a stream and in a group of their own, beside what else runs: weights while the
-    full width does, which needs none of them, gradients while narrower widths do, which add none to them.
+    full width does, which needs none of them, gradients while narrower widths do, which add nothing to them.
     """
 
     def __init__(self, blocks: Sequence[Block], tp: TensorParallel, n_heads: int) -> None:
@@ -62,41 +62,20 @@ class GatheredWidths:
         self.start_fetch()
 
     def start_fetch(self) -> None:
-        """Start to take over what the ranks' weights are now. Before `wait_fetched` the weights must not change, nor passes run
-        that need them."""
-        with self._beside():
-            for parts in self._letters:
-                mine, whole_r, of_parts = self._letter(parts, 0, self._n_heads)
-                for part, (of_mine, _) in zip(parts, of_parts, strict=True):
-                    torch._foreach_copy_(list(of_mine), part.of_layers(part.owned, 0, of_mine))
-                dist.all_gather_into_tensor(whole_r.flatten(), mine, group=self._group)
-                for part, (_, of_whole) in zip(parts, of_parts, strict=True):
-                    part.weights_r.copy_(of_whole)
-            if self._fetched is not None:
-                self._fetched.record()
+        """Start to take over what the ranks' weights are now. Before `wait_fetched` no pass may run that needs them, and the
+        weights must not change, unless they are fetched again after that."""
+        self._start(self._fetch)
 
     def start_return(self, above: int = 0) -> None:
         """Start to add the gradients of all ranks' sequences to those of the heads' owners: of the heads from number `above`
         on that have not been returned yet. Before `wait` no pass may run that adds to them, here or there."""
-        if above >= self._unreturned:
-            return
-        first = local_heads(above, self._tp.size)
-        with self._beside():
-            for parts in self._letters:
-                mine, whole_r, of_parts = self._letter(parts, above, self._unreturned)
-                for part, (_, of_whole) in zip(parts, of_parts, strict=True):
-                    of_whole.copy_(part.ranks_heads(part.gradients_r, above, self._unreturned))
-                dist.reduce_scatter_tensor(mine, whole_r.flatten(), group=self._group)
-                for part, (of_mine, _) in zip(parts, of_parts, strict=True):
-                    gradients = [parameter.grad for parameter in part.owned if parameter.grad is not None]
-                    torch._foreach_add_(part.of_layers(gradients, first, of_mine), list(of_mine))
-        self._unreturned = above
+        if above < self._unreturned:
+            self._start(partial(self._return, above, self._unreturned))
+            self._unreturned = above
 
     def start_clear(self) -> None:
         """Start to forget the gradients, for another step's."""
-        with self._beside():
-            for part in self._parts:
-                part.gradients.zero_()
+        self._start(self._clear)
         self._unreturned = self._n_heads
 
     def wait(self) -> None:
@@ -113,6 +92,50 @@ class GatheredWidths:
         """Whether a pass of these layers' widths needs what was fetched."""
         return min(widths) <= self._n_heads
 
+    def _start(self, work: Callable[[], None]) -> None:
+        """Do `work` after what is on this stream by now, and on a GPU beside what follows."""
+        if self._stream is None:
+            work()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()
+
+    @torch.no_grad()
+    def _fetch(self) -> None:
+        for parts in self._letters:
+            self._fetch_letter(parts)
+        if self._fetched is not None:
+            self._fetched.record()
+
+    @torch.no_grad()
+    def _return(self, low: int, high: int) -> None:
+        for parts in self._letters:
+            self._return_letter(parts, low, high)
+
+    def _clear(self) -> None:
+        for part in self._parts:
+            part.gradients.zero_()
+
+    # A letter at a time: each is as large as a parameter of all layers, and gone before the next one is made.
+
+    def _fetch_letter(self, parts: Sequence[_Part]) -> None:
+        mine, whole_r, of_parts = self._letter(parts, 0, self._n_heads)
+        for part, (of_mine, _) in zip(parts, of_parts, strict=True):
+            torch._foreach_copy_(list(of_mine), part.of_layers(part.owned, 0, of_mine))
+        dist.all_gather_into_tensor(whole_r.flatten(), mine, group=self._group)
+        for part, (_, of_whole) in zip(parts, of_parts, strict=True):
+            part.weights_r.copy_(of_whole)
+
+    def _return_letter(self, parts: Sequence[_Part], low: int, high: int) -> None:
+        mine, whole_r, of_parts = self._letter(parts, low, high)
+        for part, (_, of_whole) in zip(parts, of_parts, strict=True):
+            of_whole.copy_(part.ranks_heads(part.gradients_r, low, high))
+        dist.reduce_scatter_tensor(mine, whole_r.flatten(), group=self._group)
+        first = local_heads(low, self._tp.size)
+        for part, (of_mine, _) in zip(parts, of_parts, strict=True):
+            torch._foreach_add_(part.of_layers(part.owned_gradients(), first, of_mine), list(of_mine))
+
     def _letter(
         self, parts: Sequence[_Part], low: int, high: int
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -123,16 +146,6 @@ class GatheredWidths:
         whole_r = mine.new_empty(self._tp.size, sum(sizes))
         split = zip(mine.split(sizes), whole_r.split(sizes, dim=1), shapes, strict=True)
         return mine, whole_r, [(of_mine.view(shape[1:]), of_whole.view(shape)) for of_mine, of_whole, shape in split]
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        if self._stream is None:
-            with torch.no_grad():
-                yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(self._stream):
-            yield
 
 
 def _empty_copy(mixer: Mixer) -> Mixer:
@@ -161,6 +174,12 @@ class _Part:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         self.weights_r, self.gradients_r = (by_rank(whole, layout, n_heads, tp) for whole in (weights, self.gradients))
+
+    def owned_gradients(self) -> list[Tensor]:
+        """Where the gradients of this rank's own parts add up."""
+        gradients = [parameter.grad for parameter in self.owned]
+        assert all(gradient is not None for gradient in gradients), "owners' gradients have no place to add up in"
+        return cast("list[Tensor]", gradients)
 
     def ranks_heads(self, whole_r: Tensor, low: int, high: int) -> Tensor:
         """Of `weights_r` or `gradients_r` the model's heads `low` .. `high`."""

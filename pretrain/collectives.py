@@ -54,10 +54,11 @@ class Collective:
 
 def passes_per_step(cfg: RunConfig, world_size: int) -> int:
     """Widths that train in a step times its micro-batches on a rank."""
-    return len(_widths_of_a_step(cfg)) * cfg.grad_accum_steps(world_size)
+    return len(widths_of_a_step(cfg)) * cfg.grad_accum_steps(world_size)
 
 
-def _widths_of_a_step(cfg: RunConfig) -> tuple[int, ...]:
+def widths_of_a_step(cfg: RunConfig) -> tuple[int, ...]:
+    """Heads of the widths that a step trains; a sandwich's drawn one as the widest that it can be."""
     widths = cfg.model.widths
     return (widths[0], widths[1], widths[-1]) if cfg.nesting.rule == "sandwich" else widths
 
@@ -83,7 +84,7 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
     again = 2 if cfg.parallel.activation_checkpointing == "block" else 1
     text = isinstance(model, LanguageConfig)
     head = 1 if text else 0  # a classifier's is on every rank, and its input is entered by none
-    widths = _widths_of_a_step(cfg)
+    widths = widths_of_a_step(cfg)
     split = sum(n_heads > cfg.gathered_heads for n_heads in widths) * passes // len(widths)
 
     def of_a_pass(what: str, operation: str, count: int, n_bytes: int) -> Collective:

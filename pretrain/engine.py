@@ -111,7 +111,10 @@ class Engine:
         self._captured_at = self._addresses()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; under ZeRO 2 through DeepSpeed's hooks, which also hang on the model itself."""
+        """The model's forward; under ZeRO 2 through DeepSpeed's hooks, which also hang on the model itself.
+
+        Where widths are gathered, a training pass of one must be after `gathered.wait_fetched`, which add_gradients sees to.
+        """
         return self.model.forward(*args, **kwargs) if self.gradients is not None else self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.flops import local_parameters, mixer_parameters
 from modeling.loss import TOKENS_PER_PIECE
 from modeling.nesting import local_heads
 from pretrain.config import RunConfig
-from pretrain.passes import why_launched
 
 FLOAT, BF16 = 4, 2
 SCAN_CHUNK = 64
@@ -34,14 +31,14 @@ class Memory:
     gradients: int
     """float32, whole until ZeRO reduces them."""
     gathered: int
-    """float32 weights and gradients of the widths whose heads every tensor-parallel rank has (modeling.gathered_widths)."""
+    """float32 weights and gradients of the widths whose heads every tensor-parallel rank has (modeling.gathered_widths), and
+    room for what travels of them, on a stream of its own: nothing else takes that place."""
     optimizer: int
     """Two moments and where it is kept the moving average of this rank's ZeRO shard; under ZeRO 2 a master copy too."""
     activations: int
     """Kept from forward for backward."""
     transient: int
-    """Alive for a moment at the peak: the loss's logits or a block's gradients; between passes under ZeRO 2 the update's flat
-    gradients, under ZeRO 1 gathered weights on their way, which take the activations' place but where CUDA graphs keep it."""
+    """Alive for a moment at the peak: the loss's logits, a block's gradients, or under ZeRO 2 the update's flat gradients."""
     trays: int
     """What tensor-parallel peers write into, outside torch's allocator (modeling.symmetric_mail)."""
 
@@ -71,15 +68,13 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
     in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)
     copies = 0 if cfg.parallel.keeps_gradients else 1
-    between_passes = copies * shard * FLOAT + _arriving_bytes(cfg)
-    captured = why_launched(cfg, torch.device("cuda")) is None
     return Memory(
         parameters=parameters * FLOAT,
         gradients=parameters * FLOAT,
-        gathered=_gathered_weights(cfg) * 2 * FLOAT,
+        gathered=_gathered_bytes(cfg),
         optimizer=(2 + copies + bool(cfg.optim.ema_decay)) * shard * FLOAT,
         activations=activations,
-        transient=in_backward + between_passes if captured else max(in_backward, between_passes - activations),
+        transient=max(in_backward, copies * shard * FLOAT - activations),
         # One for each of three kinds of letters and each rank, of that rank's tokens.
         trays=3 * tokens * cfg.model.d_model * BF16 if cfg.parallel.copies_between_peers else 0,
     )
@@ -125,17 +120,12 @@ class _Layer:
         )
 
 
-def _gathered_weights(cfg: RunConfig) -> int:
-    """Weights by head of the widths that every tensor-parallel rank has, over all layers."""
+def _gathered_bytes(cfg: RunConfig) -> int:
     model = cfg.model
-    return model.n_layers * (mixer_parameters(model, cfg.gathered_heads) - mixer_parameters(model, 0))
-
-
-def _arriving_bytes(cfg: RunConfig) -> int:
-    """The largest of them, of all layers, as it comes from the ranks or goes back, and this rank's part of it."""
-    model = cfg.model
+    weights = model.n_layers * (mixer_parameters(model, cfg.gathered_heads) - mixer_parameters(model, 0))
+    # The largest parameter of all layers, as it comes from the ranks or goes back, and this rank's part of it.
     largest = model.n_layers * cfg.gathered_heads * model.headdim * model.d_model
-    return (largest + largest // cfg.parallel.tensor) * FLOAT
+    return (2 * weights + largest + largest // cfg.parallel.tensor) * FLOAT
 
 
 def _ends_bytes(cfg: RunConfig, tp: int) -> int:

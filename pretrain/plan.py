@@ -2,7 +2,7 @@
 
 A step's time on a rank is its arithmetic, its memory-bound kernels and the collectives that wait for each other, never less
 than what the host needs to launch what is no CUDA graph. The rates were measured on one H100 (docs/benchmarks), the update's
-on an H200; another GPU's are scaled by its datasheet. The link terms were checked on two GPUs of one host, none between nodes:
+on an H200; another GPU's are scaled by its datasheet. The link terms were checked on four GPUs of one host, none between nodes:
 the plan says so.
 """
 
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from modeling import nesting
 from modeling.flops import local_parameters, training_flops_per_token
-from pretrain.collectives import collectives, passes_per_step
+from pretrain.collectives import collectives, passes_per_step, widths_of_a_step
 from pretrain.config import LanguageRunConfig
 from pretrain.config_sections import ConfigError
 from pretrain.dry_run import plain_console
@@ -178,9 +178,8 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
     tokens = cfg.data.micro_batch * cfg.data.seq_len * cfg.grad_accum_steps(cluster.world_size)
     between = tokens / tp if cfg.parallel.sequence else tokens
     again = cfg.parallel.activation_checkpointing
-    widths = model.widths if cfg.nesting.rule == "all" else (model.widths[0], *model.widths[-2:])
     products = bound = 0.0
-    for n_heads in widths:
+    for n_heads in widths_of_a_step(cfg):
         whole = training_flops_per_token(model, model.layer_widths(n_heads))
         head = 6 * model.n_vocab_rows * model.d_model
         products += tokens / tp * (head + (whole - head) * (4 / 3 if again == "block" else 1))
@@ -281,7 +280,7 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
         f"at most {HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
         f"{LATENCY_S * 1e6:.0f} us a collective, none counted as hidden; {RESERVED_GIB:.0f} GiB reserved. "
-        "Rates are fitted to steps on one and two H200s; links between nodes have not been checked"
+        "Rates are fitted to steps on one to four H200s; links between nodes have not been checked"
         + (
             f". On an {cluster.gpu} the mixer's kernels do not run: expect less" if cluster.gpu in BEFORE_HOPPER else ""
         ),

@@ -291,7 +291,7 @@ def main(cfg: RunConfig) -> int:
     model.init_weights(cfg.seed)
     warm_start(model, cfg, ranks)
     engine = Engine(model, cfg, ranks)
-    if cfg.parallel.tensor > 1 and cfg.parallel.sequence:
+    if cfg.parallel.tensor > 1:
         logger.info("tensor parallelism shares out: %s", shared_out(cfg))
     state = resume.resume(engine, cfg, ranks, dataset) or RunState()
     loader = task.loader(ranks, start=state.sequence)

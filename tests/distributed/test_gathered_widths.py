@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pretrain.data import Batch
 from pretrain.distributed import init_ranks
 from pretrain.engine import Engine
 from pretrain.objective import add_gradients, step_widths
+from pretrain.peers import shared_out
 from tests.distributed.harness import RankFailedError, run_ranks
 from tests.distributed.test_layouts import compare, small_run
 from tests.distributed.toy_run import losses, run_config, train_until
@@ -39,7 +41,11 @@ def test_a_ranks_heads_are_those_that_it_owns() -> None:
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("overrides", [{}, {"nesting": {"rule": "sandwich"}}], ids=["all widths", "sandwich"])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"nesting": {"rule": "sandwich"}}, {"nesting": {"distill_weight": 0.5}}],
+    ids=["all widths", "sandwich", "distillation"],
+)
 def test_a_run_has_the_losses_of_one_rank(overrides: dict[str, Any], tp: int, dataset: Path, tmp_path: Path) -> None:
     """Ten steps: heads that no narrower width runs go back before the narrower ones run."""
     widths = {"widths": [16, 8, 4], "headdim": 4}
@@ -67,6 +73,32 @@ def test_a_resume_at_another_layout_takes_over_its_weights(dataset: Path, tmp_pa
     for (*key, found), (*other, expected) in zip(losses(parts), losses(whole), strict=True):
         assert key == other
         assert found == pytest.approx(expected, rel=1e-4), key
+
+
+def train_with_a_late_stream(cfg: RunConfig, left_out: str) -> int:
+    """A run whose gathered weights and gradients travel as late as a GPU's own stream may let them: when they are waited for."""
+    queued: list[Callable[[], None]] = []
+
+    def start(self: GatheredWidths, work: Callable[[], None]) -> None:
+        queued.append(work)
+
+    def wait(self: GatheredWidths) -> None:
+        while queued:
+            queued.pop(0)()
+
+    GatheredWidths._start = start  # type: ignore[method-assign]
+    for name in {"wait", "wait_fetched"} - {left_out}:
+        setattr(GatheredWidths, name, wait)
+    return train.main(cfg)
+
+
+@pytest.mark.parametrize("left_out", ["", "wait", "wait_fetched"])
+def test_what_travels_is_waited_for(left_out: str, dataset: Path, tmp_path: Path) -> None:
+    """With two micro-batches a step; with either wait left out the run is another."""
+    early, late = (run_config(dataset, tmp_path / name, **GATHERED) for name in ("early", "late"))
+    assert run_ranks(2, train.main, early) == [0, 0]
+    assert run_ranks(2, train_with_a_late_stream, late, left_out) == [0, 0]
+    assert (losses(late) == losses(early)) is (not left_out)
 
 
 def _nothing(self: GatheredWidths, *_: Any, **__: Any) -> None:
@@ -127,6 +159,24 @@ def test_what_is_gathered_where_it_can_be(overrides: dict[str, Any], heads: int)
 def test_the_full_width_is_never_gathered(width: float) -> None:
     with pytest.raises(ConfigError, match="gathered_width"):
         run_config(Path("unused"), Path("unused"), parallel={"gathered_width": width})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({}, "sequences, up to width 1/2, whose weights every rank gathers; heads, of wider ones"),
+        ({"parallel": {"sequence": False}}, "heads, of every width (parallel.sequence=false)"),
+        ({"parallel": {"zero_stage": 2}}, "heads, of every width (ZeRO 2 takes gradients away in each backward)"),
+        (
+            {"data": {"micro_batch": 1}},
+            "heads, of every width (data.micro_batch=1 does not give 2 ranks whole sequences)",
+        ),
+        ({"parallel": {"gathered_width": 0.1}}, "heads, of every width (parallel.gathered_width=0.1)"),
+    ],
+)
+def test_the_log_says_what_is_shared_out_and_why(overrides: dict[str, Any], said: str) -> None:
+    settings = {section: {**GATHERED[section], **overrides.get(section, {})} for section in GATHERED}
+    assert shared_out(run_config(Path("unused"), Path("unused"), **settings)) == said
 
 
 def test_ranks_want_whole_sequences() -> None:

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,32 +148,33 @@ def measure(layouts: dict[str, RunConfig], steps: int) -> list[Row]:
 
 
 def _steps(engine: Engine, cfg: RunConfig, ranks: Ranks, steps: int) -> Row:
-    losses, norms, taken = [], [], []
-    for step in range(max(WARM_UP, COMPARED) + steps):
-        batches = tokens_of(cfg, ranks, step)
-        ranks.agree_any(False)  # all start together
-        start = time.perf_counter()
+    losses, norms, ends = [], [], []
+    batches_of = [tokens_of(cfg, ranks, step) for step in range(max(WARM_UP, COMPARED) + steps)]
+    ranks.agree_any(False)  # all start together
+    for batches in batches_of:
         loss, norm = take_step(engine, cfg, batches)
         if ranks.device.type == "cuda":
             # As the trainer, which reads the norm: what goes on beside the next step (gathered widths' weights) counts there.
             torch.cuda.current_stream().synchronize()
-        taken.append(time.perf_counter() - start)
-        losses.append(ranks.mean(loss))
+        ends.append(time.perf_counter())
+        losses.append(loss)
         norms.append(norm)
+    taken = [end - start for start, end in pairwise(ends)]
     row: Row = {
         "world_size": ranks.world_size,
         "tensor": cfg.parallel.tensor,
         "dp": ranks.dp_size,
         "tokens_per_step": cfg.data.tokens_per_step,
         "step_s": statistics.median(ranks.gather_objects(statistics.median(taken[-steps:]))),
-        "losses": losses[:COMPARED],
+        "losses": [ranks.mean(loss) for loss in losses[:COMPARED]],
         "norms": norms[:COMPARED],
         "device": device_name(ranks.device) or "CPU",
     }
     row["tokens_per_s_per_device"] = cfg.data.tokens_per_step / row["step_s"] / ranks.world_size
     if ranks.device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        row["collectives"] = collective_seconds(lambda: take_step(engine, cfg, batches))
+        row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        row["collectives"] = collective_seconds(lambda: take_step(engine, cfg, batches_of[-1]))
     return row
 
 
