@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class GatheredWidths:
     def __init__(self, blocks: Sequence[Block], tp: TensorParallel, n_heads: int) -> None:
         """From here on training passes run `n_heads` heads and fewer of `blocks` on this rank's own sequences.
 
-        The blocks' parameters have the `.grad` that this rank's own heads add up in, at addresses that stay as they are.
+        The blocks' parameters, and the `.grad` that this rank's own heads add up in, stay at their addresses.
         """
         mixers = [block.mixer for block in blocks]
         self._tp, self._n_heads, self._unreturned = tp, n_heads, n_heads
@@ -122,7 +122,7 @@ class GatheredWidths:
     def _fetch_letter(self, parts: Sequence[_Part]) -> None:
         mine, whole_r, of_parts = self._letter(parts, 0, self._n_heads)
         for part, (of_mine, _) in zip(parts, of_parts, strict=True):
-            torch._foreach_copy_(list(of_mine), part.of_layers(part.owned, 0, of_mine))
+            torch._foreach_copy_(list(of_mine), part.of_layers(part.owned_weights, 0, of_mine))
         dist.all_gather_into_tensor(whole_r.flatten(), mine, group=self._group)
         for part, (_, of_whole) in zip(parts, of_parts, strict=True):
             part.weights_r.copy_(of_whole)
@@ -134,7 +134,7 @@ class GatheredWidths:
         dist.reduce_scatter_tensor(mine, whole_r.flatten(), group=self._group)
         first = local_heads(low, self._tp.size)
         for part, (of_mine, _) in zip(parts, of_parts, strict=True):
-            torch._foreach_add_(part.of_layers(part.owned_gradients(), first, of_mine), list(of_mine))
+            torch._foreach_add_(part.of_layers(part.owned_gradients, first, of_mine), list(of_mine))
 
     def _letter(
         self, parts: Sequence[_Part], low: int, high: int
@@ -165,8 +165,12 @@ class _Part:
 
     def __init__(self, layout: Layout, owned: list[nn.Parameter], n_held: int, n_heads: int, tp: int) -> None:
         """`owned` are this rank's parts, one a layer, of `n_held` heads each; of the width's `n_heads` it has some."""
-        self.owned, self._layout, self._n_held = owned, layout, n_held
-        dim = layout.sharded_dim
+        gradients = [parameter.grad for parameter in owned if parameter.grad is not None]
+        assert len(gradients) == len(owned), "the owners' gradients have no place to add up in"
+        # Views of memory that stays where it is, made once: a step has hundreds.
+        self.owned_weights = [split_heads(parameter.detach(), layout, n_held) for parameter in owned]
+        self.owned_gradients = [split_heads(gradient, layout, n_held) for gradient in gradients]
+        self._dim = dim = layout.sharded_dim
         shape = list(owned[0].shape)
         shape[dim] = shape[dim] // n_held * n_heads
         weights, self.gradients = (owned[0].new_zeros(len(owned), *shape) for _ in range(2))
@@ -175,19 +179,11 @@ class _Part:
             parameter.grad = gradient
         self.weights_r, self.gradients_r = (by_rank(whole, layout, n_heads, tp) for whole in (weights, self.gradients))
 
-    def owned_gradients(self) -> list[Tensor]:
-        """Where the gradients of this rank's own parts add up."""
-        gradients = [parameter.grad for parameter in self.owned]
-        assert all(gradient is not None for gradient in gradients), "owners' gradients have no place to add up in"
-        return cast("list[Tensor]", gradients)
-
     def ranks_heads(self, whole_r: Tensor, low: int, high: int) -> Tensor:
         """Of `weights_r` or `gradients_r` the model's heads `low` .. `high`."""
         first, last = (local_heads(n, len(whole_r)) for n in (low, high))
-        return whole_r.narrow(2 + self._layout.sharded_dim, first, last - first)
+        return whole_r.narrow(2 + self._dim, first, last - first)
 
     def of_layers(self, owned: Sequence[Tensor], first: int, like: Tensor) -> list[Tensor]:
-        """Of this rank's own parts, or their gradients, as many heads as `like` has, from its own number `first` on."""
-        dim = 1 + self._layout.sharded_dim
-        heads = [split_heads(part[None], self._layout, self._n_held) for part in owned]
-        return [part.narrow(dim, first, like.shape[dim])[0] for part in heads]
+        """Of `owned_weights` or `owned_gradients` as many heads as `like` has, from this rank's own number `first` on."""
+        return [part.narrow(self._dim, first, like.shape[1 + self._dim]) for part in owned]

@@ -20,7 +20,7 @@ an all-gather before the next one. Tokens are flattened (batch, then time), so a
 What a mixer sends runs beside its matrix products on a GPU (`beside`): its inputs come in while this rank's own tokens are
 multiplied, its outputs go out in halves, and its input's gradient is summed while those of the weights are computed. The
 last is Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication. Here they are collectives; modeling/peer_exchange.py
-does the same with copies between GPUs that see each other's memory.
+does the same with copies between GPUs that see each other's memory. Narrow widths can do without: modeling/gathered_widths.py.
 
 `tp = 1` runs the same code; a collective over one rank is the identity, inside the collective.
 """
@@ -374,14 +374,13 @@ def local_index(shape: tuple[int, ...], layout: Layout, n_heads: int, tp: int, r
     return (*([slice(None)] * dim), torch.tensor(channels))
 
 
-def split_heads(stacked: Tensor, layout: Layout, n_heads: int) -> Tensor:
-    """A view of a parameter by head, stacked over layers (dim 0), whose dim of `n_heads` heads' entries is split in two."""
-    return stacked.unflatten(1 + layout.sharded_dim, (n_heads, -1))
+def split_heads(part: Tensor, layout: Layout, n_heads: int) -> Tensor:
+    """A view of a parameter by head, whose dim of `n_heads` heads' entries is split in two."""
+    return part.unflatten(layout.sharded_dim, (n_heads, -1))
 
 
 def by_rank(stacked: Tensor, layout: Layout, n_heads: int, tp: int) -> Tensor:
-    """A view of whole parameters of `n_heads` heads, stacked over layers: in dim 0 the ranks, then as each rank's own part is
-    after `split_heads`."""
+    """A view of whole parameters of `n_heads` heads, stacked over layers: in dim 0 the ranks, in dim 1 the layers, then as each
+    rank's own part is after `split_heads`."""
     dim = 1 + layout.sharded_dim
-    heads = split_heads(stacked, layout, n_heads).unflatten(dim, (nesting.local_heads(n_heads, tp), tp))
-    return heads.movedim(dim + 1, 0)
+    return stacked.unflatten(dim, (nesting.local_heads(n_heads, tp), tp, -1)).movedim(dim + 1, 0)

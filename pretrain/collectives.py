@@ -158,9 +158,8 @@ def _of_gathered_weights(cfg: RunConfig, what: str, operation: str, n_heads: int
     """What a step sends of so many heads' weights over all layers: three parameters alone, the others together."""
     model = cfg.model
     heads = model.n_layers * n_heads
-    others = (
-        model.d_model + model.headdim * (model.d_conv + 2) + 3
-    )  # dt; taps, their bias and the norm; A, D, dt's bias
+    # dt; taps, their bias and the norm; A, D, dt's bias
+    others = model.d_model + model.headdim * (model.d_conv + 2) + 3
     matrices = heads * model.headdim * model.d_model
     return [
         Collective(f"{what}: z, x, out", operation, "tp", 0, 3, matrices * FLOAT),

@@ -122,12 +122,29 @@ class RunConfig:
     @property
     def gathered_heads(self) -> int:
         """Heads whose weights every tensor-parallel rank gathers (parallel.gathered_width); 0: none."""
-        parallel = self.parallel
-        able = parallel.tensor > 1 and parallel.sequence and parallel.keeps_gradients
-        if not able or self.data.micro_batch % parallel.tensor:
+        if self.why_none_gathered is not None:
             return 0
-        largest = parallel.gathered_width * self.model.n_heads
-        return max((n_heads for n_heads in self.model.widths if n_heads <= largest), default=0)
+        return max(n_heads for n_heads in self.model.widths if n_heads <= self._most_gathered)
+
+    @property
+    def why_none_gathered(self) -> str | None:
+        """Why the heads of every width are split over the tensor-parallel ranks, or None where they gather some widths'."""
+        parallel, micro_batch = self.parallel, self.data.micro_batch
+        if parallel.tensor == 1:
+            return "parallel.tensor=1"
+        if not parallel.sequence:
+            return "parallel.sequence=false"
+        if not parallel.keeps_gradients:
+            return "ZeRO 2 takes gradients away in each backward"
+        if micro_batch % parallel.tensor:
+            return f"data.micro_batch={micro_batch} does not give {parallel.tensor} ranks whole sequences"
+        if min(self.model.widths) > self._most_gathered:
+            return f"parallel.gathered_width={parallel.gathered_width:g}"
+        return None
+
+    @property
+    def _most_gathered(self) -> float:
+        return self.parallel.gathered_width * self.model.n_heads
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

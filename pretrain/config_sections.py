@@ -150,9 +150,9 @@ class ParallelConfig:
     engines leave the multiprocessors to the products beside them; else, and with never: with collectives."""
     gathered_width: float = 0.5
     """Under sequence parallelism: each rank gathers the weights of the trained widths up to this share of the heads, once a
-    step, and runs its own sequences through all of their heads; wider ones are split by heads. What mixers then send is
-    weights, not tokens, for 8 bytes for each such weight. Needs ZeRO 1 and a micro-batch of whole sequences for each rank;
-    else, and with 0, all widths are split by heads."""
+    step, and runs its own sequences through all of their heads; wider ones are split by heads. Their mixers then send
+    nothing, and each of these weights takes 8 bytes more on every rank. Needs ZeRO 1 and a micro-batch of whole sequences
+    for each rank; else, and with 0, all widths are split by heads."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage. 1 shards the optimizer's state over data-parallel ranks; 2 gradients too."""
     activation_checkpointing: Literal["none", "states", "selective", "block"] = "none"

@@ -37,18 +37,10 @@ def with_peer_copies(ranks: Ranks, cfg: ParallelConfig) -> Ranks:
 
 def shared_out(cfg: RunConfig) -> str:
     """What each tensor-parallel rank takes of a pass, for the log."""
-    if cfg.gathered_heads:
-        widest = width_name(cfg.gathered_heads, cfg.model.n_heads)
-        return f"sequences, up to width {widest}, whose weights every rank gathers; heads, of wider ones"
-    if not cfg.parallel.sequence:
-        why = "parallel.sequence=false"
-    elif not cfg.parallel.keeps_gradients:
-        why = "ZeRO 2 takes gradients away in each backward"
-    elif cfg.data.micro_batch % cfg.parallel.tensor:
-        why = f"data.micro_batch={cfg.data.micro_batch} does not give {cfg.parallel.tensor} ranks whole sequences"
-    else:
-        why = f"parallel.gathered_width={cfg.parallel.gathered_width:g}"
-    return f"heads, of every width ({why})"
+    if cfg.why_none_gathered is not None:
+        return f"heads, of every width ({cfg.why_none_gathered})"
+    widest = width_name(cfg.gathered_heads, cfg.model.n_heads)
+    return f"sequences, up to width {widest}, whose weights every rank gathers; heads, of wider ones"
 
 
 def _why_collectives(ranks: Ranks, cfg: ParallelConfig) -> str | None:

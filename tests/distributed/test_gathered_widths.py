@@ -36,8 +36,8 @@ def test_a_ranks_heads_are_those_that_it_owns() -> None:
             continue
         whole = torch.arange(2.0 * torch.Size(shape).numel()).view(2, *shape)  # of two layers
         for rank, heads in enumerate(by_rank(whole, layout, cfg.n_heads, 4)):
-            own = torch.stack([local_part(layer, layout, cfg.n_heads, 4, rank) for layer in whole])
-            assert torch.equal(heads, split_heads(own, layout, cfg.n_heads // 4)), name
+            own = [local_part(layer, layout, cfg.n_heads, 4, rank) for layer in whole]
+            assert torch.equal(heads, torch.stack([split_heads(part, layout, cfg.n_heads // 4) for part in own])), name
 
 
 @pytest.mark.parametrize("tp", [2, 4])
