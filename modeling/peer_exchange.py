@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from modeling.ops.additions import add_all
 from modeling.ops.products import add_product
 from modeling.tensor_parallel import halves, tokens_each
 
@@ -123,8 +124,8 @@ class PeerExchange:
 
         def add_others() -> Tensor:
             for tray, rows in zip((SUMMED, SUMMED_LATER), parts, strict=False):
-                for sender in reversed(self._others):
-                    total_nd[rows] += mail.receive(tray, sender, total_nd[rows])
+                mine = total_nd[rows]
+                add_all(mine, [mail.receive(tray, sender, mine) for sender in reversed(self._others)])
             mail.finish()
             sent.clear()
             return total_nd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,9 @@ class SymmetricMail:
 
     def __init__(self, group: Any) -> None:
         self.size, self.rank, self._group = group.size(), group.rank(), group
-        self._sending, self._copying = (torch.cuda.Stream(priority=-1) for _ in range(2))
+        # Signals of their own: between two copies of one stream a signal would leave the copy engine idle.
+        self._sending, self._telling, self._watching, self._copying = (torch.cuda.Stream(priority=-1) for _ in range(4))
+        self._told: deque[torch.cuda.Event] = deque()
         self._room = 0
         self._trays: Any = None
         self._kept: list[tuple[Tensor, Any]] = []
@@ -36,11 +39,21 @@ class SymmetricMail:
         self._sending.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._sending):
             self._place(to, tray, self.rank, x).copy_(x)
+        self._telling.wait_stream(self._sending)
+        with torch.cuda.stream(self._telling):
             self._trays.put_signal(to, tray)
+        self._told.append(self._telling.record_event())
 
     def receive(self, tray: int, sender: int, like: Tensor) -> Tensor:
-        """As Mail.receive."""
-        self._trays.wait_signal(sender, tray)
+        """As Mail.receive.
+
+        It is waited for beside what this stream does, but not before a letter of this rank's own has gone for each that is
+        waited for: wherever the GPU puts the waiting, no rank's letter can be behind it.
+        """
+        self._watching.wait_event(self._told.popleft())
+        with torch.cuda.stream(self._watching):
+            self._trays.wait_signal(sender, tray)
+        torch.cuda.current_stream().wait_stream(self._watching)
         return self._place(self.rank, tray, sender, like)
 
     def aside(self, work: Callable[[], object]) -> None:
@@ -51,7 +64,7 @@ class SymmetricMail:
 
     def finish(self) -> None:
         """As Mail.finish."""
-        for stream in (self._sending, self._copying):
+        for stream in (self._telling, self._copying):
             torch.cuda.current_stream().wait_stream(stream)
 
     def _place(self, owner: int, tray: int, sender: int, like: Tensor) -> Tensor:
