@@ -20,7 +20,7 @@ from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.dropout import ChannelDrop
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
-from modeling.ops.kernels.row_sums import ConvSums, RateSums, add_row_sums
+from modeling.ops.kernels.row_sums import ConvSums, ProjectionSums, RateSums, add_row_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
 from modeling.ops.kernels.scan_forward import scan_outputs, scan_states
@@ -203,11 +203,13 @@ class _FusedMixer(torch.autograd.Function):
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
         add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
         add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)
-        grad_bc, grad_in_dt, _ = product(grad_projected_me[:, 2 * inner :].T, x_md).split([bc, heads, filling])
-        torch._foreach_add_([sums.in_bc, sums.in_dt[:heads]], [grad_bc, grad_in_dt])
+        grad_bc_dt = product(grad_projected_me[:, 2 * inner :].T, x_md)
         conv_sums = ConvSums(sums.conv_x, sums.conv_x_bias, sums.conv_bc, sums.conv_bc_bias)
         rate_sums = RateSums(sums.A_log, sums.dt_bias, sums.D)
-        add_row_sums(tap_parts, conv_sums, norm_parts, sums.gated_norm, rate_parts, rate_sums)
+        add_row_sums(
+            tap_parts, conv_sums, norm_parts, sums.gated_norm, rate_parts, rate_sums,
+            grad_bc_dt, ProjectionSums(sums.in_bc, sums.in_dt),
+        )  # fmt: skip
         returned = (mine if held is None else None for mine, held in zip(sums, ctx.sums, strict=True))
         return (grad_x.wait(), *returned, *(None,) * 7)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.ops.kernels.row_sums import ROWS, ConvSums, RateSums, add_row_sums
+from modeling.ops.kernels.row_sums import ROWS, ConvSums, ProjectionSums, RateSums, add_row_sums, sum_rows
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -34,8 +34,11 @@ def test_parts_are_summed_and_added_to_the_first_channels_alone(
     taps, norm, rates = drawn(rows[0], 5, inner + bc), drawn(rows[1], inner), drawn(rows[2], 3, heads)
     conv = ConvSums(drawn(inner * held, 4), drawn(inner * held), drawn(bc, 4), drawn(bc))
     norm_sum, of_heads = drawn(inner * held + 1), RateSums(*(drawn(heads * held + k) for k in range(3)))
-    before = [total.clone().double() for total in (*conv, norm_sum, *of_heads)]
-    add_row_sums(taps, conv, norm, norm_sum, rates, of_heads)
+    model = 100
+    projection, into = drawn(bc + heads + 5, model), ProjectionSums(drawn(bc, model), drawn(heads * held, model))
+    totals = (*conv, norm_sum, *of_heads, *into)
+    before = [total.clone().double() for total in totals]
+    add_row_sums(taps, conv, norm, norm_sum, rates, of_heads, projection, into)
 
     tap_sums = taps.double().sum(0)
     expected = [
@@ -45,7 +48,15 @@ def test_parts_are_summed_and_added_to_the_first_channels_alone(
         tap_sums[4, inner:],
         norm.double().sum(0),
         *rates.double().sum(0),
+        projection[:bc].double(),
+        projection[bc : bc + heads].double(),
     ]
-    for total, was, added in zip((*conv, norm_sum, *of_heads), before, expected, strict=True):
+    for total, was, added in zip(totals, before, expected, strict=True):
         was[: len(added)] += added
         torch.testing.assert_close(total.double(), was, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (3, 100), (ROWS + 1, 40)])
+def test_rows_are_summed(rows: int, width: int) -> None:
+    parts = drawn(rows, width)
+    torch.testing.assert_close(sum_rows(parts).double(), parts.double().sum(0), rtol=1e-5, atol=1e-4)

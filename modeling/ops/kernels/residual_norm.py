@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modeling.ops.kernels.dropout import dropped
+from modeling.ops.kernels.row_sums import sum_rows
 
 SMALLEST = tl.constexpr(1e-30)
 THREADS = 132 * 2048
@@ -170,4 +171,4 @@ def residual_norm_backward(
         n_tokens, d, *pointers,
         **shape, BRANCH=branch_dtype is not None, ONWARD=grad_sum_md is not None, LAYER=mean_m is not None, **flags,
     )  # fmt: skip
-    return grad_x, grad_branch, grad_weight.sum(0), None if grad_bias is None else grad_bias.sum(0)
+    return grad_x, grad_branch, sum_rows(grad_weight), None if grad_bias is None else sum_rows(grad_bias)
