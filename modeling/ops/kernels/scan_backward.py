@@ -7,6 +7,7 @@ gradient by the state after it; M = (C B^T) L with L_ls = delta_s e^(a_l - a_s),
        dM = dy x^T      d(C B^T) = sum over heads of dM L      dx = M^T dy + delta e^(a_end - a) B dS + D dy.
 3. `_group_gradients`: B and C feed every head, so theirs is one long product over all channels:
        dC = (e^a dy) S^T + d(C B^T) B      dB = (e^(a_end - a) delta x) dS^T + d(C B^T)^T C.
+   Where there are fewer chunks than multiprocessors, heads are shared out over programs, and `_add_shares` adds up.
 4. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
        da = rowsum(dM M) - colsum(dM M) + e^a dy . C S - delta e^(a_end - a) x . B dS, and at the end e^(a_end) S . dS.
    In the running sum that follows, the row and column sums of the pairs inside it must cancel. The two subtracted terms
@@ -27,7 +28,7 @@ from torch import Tensor
 from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import exp, rounded
 from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, walk_of
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, shares_of, walk_of
 
 
 @triton.jit
@@ -124,11 +125,12 @@ def _inputs_gradients(
 @triton.jit
 def _group_gradients(
     group_tiles, x_tiles, dy_tiles, state_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, source_ptr, seq_ptr,
-    grad_scores_ptr, parts, reached_ptr, decayed_ptr, T, H, n_chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
+    grad_scores_ptr, parts, reached_ptr, decayed_ptr, shares_ptr, T, H, n_chunks, heads_each,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
     b = tl.program_id(1)
+    share = tl.program_id(2)
     l = tl.arange(0, CHUNK)
     t = c * CHUNK
     C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
@@ -138,7 +140,7 @@ def _group_gradients(
         C = tl.where(from_before[:, None] > 0.0, C, 0.0).to(C.dtype)
     grad_C = tl.zeros([CHUNK, N], tl.float32)
     grad_B = tl.zeros([CHUNK, N], tl.float32)
-    for h in range(H):
+    for h in range(share * heads_each, tl.minimum((share + 1) * heads_each, H)):
         steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
         row = (b * n_chunks + c) * H + h
         S = state_tiles.load([row * N, 0])
@@ -161,17 +163,39 @@ def _group_gradients(
         _, from_before, to_end, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
         grad_C = tl.where(from_before[:, None] > 0.0, grad_C, 0.0)
         grad_B = tl.where(to_end[:, None] > 0.0, grad_B, 0.0)
-    # d(C B^T) of the chunk: the sum of what each part of the heads left.
+    # d(C B^T) of the chunk: the sum of what each part of the heads left. Programs that share the heads share the parts as well.
     grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for part in range(parts):
+    for part in range(share, parts, tl.num_programs(2)):
         at = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * parts + part) * (CHUNK * CHUNK)
         grad_scores += tl.load(at + l[:, None] * CHUNK + l[None, :])
     low = grad_scores.to(C.dtype)
     B = group_tiles.load([b, t, 0]).reshape(CHUNK, N)
+    if SHARED:  # rows as they lie in the gradient: B's entries, then C's
+        out = shares_ptr + ((b.to(tl.int64) * n_chunks + c) * tl.num_programs(2) + share) * (CHUNK * 2 * N)
+        place = l[:, None] * (2 * N) + tl.arange(0, N)[None, :]
     grad_C = tl.dot(low, B, grad_C, input_precision="ieee")
-    grad_group_tiles.store([b, t, N], grad_C.to(C.dtype).reshape(1, CHUNK, N))
+    if SHARED:
+        tl.store(out + N + place, grad_C)
+    else:
+        grad_group_tiles.store([b, t, N], grad_C.to(C.dtype).reshape(1, CHUNK, N))
     grad_B = tl.dot(tl.trans(low), C, grad_B, input_precision="ieee")
-    grad_group_tiles.store([b, t, 0], grad_B.to(C.dtype).reshape(1, CHUNK, N))
+    if SHARED:
+        tl.store(out + place, grad_B)
+    else:
+        grad_group_tiles.store([b, t, 0], grad_B.to(C.dtype).reshape(1, CHUNK, N))
+
+
+@triton.jit
+def _add_shares(shares_ptr, shares, grad_group_tiles, n_chunks, N: tl.constexpr, CHUNK: tl.constexpr):
+    """Add up what the programs that share a chunk's heads left of dB, or of dC."""
+    c = tl.program_id(0)
+    b = tl.program_id(1)
+    first = tl.program_id(2) * N
+    place = tl.arange(0, CHUNK)[:, None] * (2 * N) + first + tl.arange(0, N)[None, :]
+    total = tl.zeros([CHUNK, N], tl.float32)
+    for share in range(shares):
+        total += tl.load(shares_ptr + ((b.to(tl.int64) * n_chunks + c) * shares + share) * (CHUNK * 2 * N) + place)
+    grad_group_tiles.store([b, c * CHUNK, first], total.to(grad_group_tiles.dtype).reshape(1, CHUNK, N))
 
 
 @triton.jit
@@ -260,10 +284,14 @@ def scan_backward(
         grad_scores, rows, t, h, n_chunks, each,
         **shape, **launch_of("inputs_gradients", columns, dtype),
     )  # fmt: skip
-    _group_gradients[(n_chunks, b)](
-        group, x, dy, S, dS, grad_group, steps.decay, steps.source, seq_idx_bt, grad_scores, parts, reached, decayed,
-        t, h, n_chunks, **shape, **launch_of("group_gradients", columns, dtype),
+    shares, share_heads = shares_of(h, n_chunks * b)
+    added = torch.empty(b, n_chunks, shares, CHUNK, 2 * n, device=mixed_btc.device) if shares > 1 else None
+    _group_gradients[(n_chunks, b, shares)](
+        group, x, dy, S, dS, grad_group, steps.decay, steps.source, seq_idx_bt, grad_scores, parts, reached, decayed, added,
+        t, h, n_chunks, share_heads, **shape, SHARED=shares > 1, **launch_of("group_gradients", columns, dtype),
     )  # fmt: skip
+    if added is not None:
+        _add_shares[(n_chunks, b, 2)](added, shares, grad_group, n_chunks, N=n, CHUNK=CHUNK, num_warps=8)
     sums = torch.empty(b, n_chunks, 3, h, dtype=torch.float32, device=mixed_btc.device)
     pointers, flags = drop_arguments(drop)
     _rate_gradients[(n_chunks, triton.cdiv(h, 16), b)](

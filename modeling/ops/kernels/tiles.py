@@ -42,11 +42,15 @@ LAUNCH: dict[str, dict[int, dict[str, int]]] = {
 no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100. Other GPUs search
 theirs with modeling.ops.kernels.tune. Where documents are told apart, walks would take a few registers over 128, of which a
 multiprocessor has enough for four programs, and do without them if told to."""
-PROGRAMS_WANTED = 132 * 16
-"""Several waves of an H200's 132 multiprocessors; where there are fewer chunks, heads are shared out over programs."""
+MULTIPROCESSORS = 132
+"""An H200's."""
+PROGRAMS_WANTED = MULTIPROCESSORS * 16
+"""Several waves of them; where there are fewer chunks, heads are shared out over programs."""
 
-WALKS_WANTED = 132 * 3
+WALKS_WANTED = MULTIPROCESSORS * 3
 """Programs that walk sequences and run at once."""
+LEAST_SHARE = 2
+"""Heads that a program should have if their sum is to be added to others'."""
 
 
 FULL_ENOUGH = 32
@@ -74,6 +78,16 @@ def sequences_joined(n_sequences: int, t: int, heads: int) -> int:
 def heads_each(heads: int, chunks: int) -> int:
     """How many heads a program takes where each of `chunks` (of all sequences) has programs of its own."""
     return triton.cdiv(heads, max(1, min(heads, triton.cdiv(PROGRAMS_WANTED, chunks))))
+
+
+def shares_of(heads: int, chunks: int) -> tuple[int, int]:
+    """Over how many programs a chunk's heads are shared out where each program fills a multiprocessor, and heads of each.
+
+    One program takes them all but where chunks would leave half of the multiprocessors idle: adding up costs a launch.
+    """
+    wanted = 1 if 2 * chunks > MULTIPROCESSORS else 2 * MULTIPROCESSORS // chunks
+    each = triton.cdiv(heads, min(wanted, triton.cdiv(heads, LEAST_SHARE)))
+    return triton.cdiv(heads, each), each
 
 
 def launch_of(kernel: str, columns: int, dtype: torch.dtype) -> dict[str, int]:
