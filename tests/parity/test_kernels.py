@@ -69,6 +69,7 @@ SMALL = [
     Case(heads=3, headdim=48, d_state=16, t=1, width=2),
     Case(heads=3, headdim=16, d_state=16, t=131, width=3, documents=True),
     Case(heads=4, headdim=32, d_state=16, t=70, width=2, ranks=2),
+    Case(heads=17, headdim=8, d_state=16, t=70, width=17, documents=True),  # so many that programs share them
 ]
 LARGE = [
     Case(heads=64, headdim=headdim, d_state=128, t=t, width=width, documents=documents)
