@@ -54,7 +54,7 @@ UPDATE_S, UPDATE_HOST_S = 12e-12, 0.004
 """The update, on an H200: AdamW and the norm, a parameter of the shard, and in any case (pretrain.flat_update)."""
 CLEAR_S = 1e-12
 """Zeroing gradients, a parameter of the rank."""
-SMALL_S = 0.2e-3
+SMALL_S = 0.18e-3
 """What a layer of a pass takes that does not shrink with a rank's share of it: kernels shorter than their launch, parts that are
 summed, copies that are waited for. One rank's is in the rates above."""
 HOST_S = {"none": 3.4e-3, "states": 3.4e-3, "selective": 3.8e-3, "block": 4.6e-3}
