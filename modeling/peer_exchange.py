@@ -42,7 +42,10 @@ class Mail(Protocol):
         """
 
     def receive(self, tray: int, sender: int, like: Tensor) -> Tensor:
-        """What `sender` wrote: of the shape and dtype of `like`. Valid until the tray's next turn."""
+        """What `sender` wrote: of the shape and dtype of `like`. Valid until the tray's next turn.
+
+        After this rank's own letters of that tray have been sent.
+        """
 
     def aside(self, work: Callable[[], object]) -> None:
         """Do `work` after what is on this stream by now, beside what follows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ class SymmetricMail:
         self.size, self.rank, self._group = group.size(), group.rank(), group
         # Signals of their own: between two copies of one stream a signal would leave the copy engine idle.
         self._sending, self._telling, self._watching, self._copying = (torch.cuda.Stream(priority=-1) for _ in range(4))
-        self._told: deque[torch.cuda.Event] = deque()
+        self._told: dict[tuple[int, int], torch.cuda.Event] = {}
         self._room = 0
         self._trays: Any = None
         self._kept: list[tuple[Tensor, Any]] = []
@@ -42,15 +41,15 @@ class SymmetricMail:
         self._telling.wait_stream(self._sending)
         with torch.cuda.stream(self._telling):
             self._trays.put_signal(to, tray)
-        self._told.append(self._telling.record_event())
+        self._told[tray, (to - self.rank) % self.size] = self._telling.record_event()
 
     def receive(self, tray: int, sender: int, like: Tensor) -> Tensor:
         """As Mail.receive.
 
-        It is waited for beside what this stream does, but not before a letter of this rank's own has gone for each that is
-        waited for: wherever the GPU puts the waiting, no rank's letter can be behind it.
+        It is waited for beside what this stream does, but not before this rank's own letter has gone to the one who is as many
+        ranks ahead as the sender is behind: so wherever the GPU puts the waiting, no letter that is waited for can be behind it.
         """
-        self._watching.wait_event(self._told.popleft())
+        self._watching.wait_event(self._told[tray, (self.rank - sender) % self.size])
         with torch.cuda.stream(self._watching):
             self._trays.wait_signal(sender, tray)
         torch.cuda.current_stream().wait_stream(self._watching)
