@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from modeling.ops.kernels.additions import BLOCK, add_all_at_once
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-LOW = torch.bfloat16 if GPU else torch.float16
+from tests.parity.kernel_checks import DEVICE, LOW
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 3, 7])

@@ -1,4 +1,4 @@
-"""Our Triton kernels against plain PyTorch in float32: outputs and every gradient, with memory poisoned beforehand.
+"""The mixer's Triton kernels against plain PyTorch in float32: outputs and every gradient, with memory poisoned beforehand.
 
 On a machine without a GPU the kernels run in Triton's interpreter, on small shapes and in float32 and float16 (the
 interpreter cannot multiply bfloat16); on a GPU in float32 and bfloat16 at real shapes too.
@@ -11,36 +11,19 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, initial_values
 from modeling.ops import ssd as ssd_module
-from modeling.ops.dropout import Drop, dropped, dropped_float, split_mix, threshold_of
+from modeling.ops.dropout import Drop, dropped, split_mix, threshold_of
 from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
-from modeling.ops.kernels.cross_entropy import softmax_statistics, write_gradient
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_common import time_steps
-from modeling.ops.norm import add_norm_fused, layer_norm, rms_norm
 from modeling.tensor_parallel import Pending, TensorParallel
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-LOW = torch.bfloat16 if GPU else torch.float16
-
-# Relative errors; one head alone has no gradient of D, since the norm undoes any scale. Float32: rounding of sums in another order; a per-head gradient adds thousands of terms of both signs.
-# bfloat16 keeps 8 bits: each tensor between two kernels is rounded at 2^-9 = 2e-3. float16 keeps three bits more. With two
-# heads B's and C's gradients have few terms for these to average out in: 1.1e-2 was seen on an H100, before and after 2026-11.
-PER_HEAD = ("A_log", "D", "dt_bias")
-GROUP = ("in_bc", "conv_bc", "conv_bc_bias")
-BOUNDS = {
-    torch.float32: {"per head": 5e-5, "B and C": 1e-5, "all else": 1e-5},
-    torch.float16: {"per head": 2e-2, "B and C": 4e-3, "all else": 4e-3},
-    torch.bfloat16: {"per head": 3e-2, "B and C": 1.5e-2, "all else": 1e-2},
-}
+from tests.parity.kernel_checks import DEVICE, GPU, LOW, assert_close, poison, some_drop
 
 
 @dataclass(frozen=True)
@@ -133,12 +116,6 @@ def mixer_of(case: Case, dtype: torch.dtype) -> Mixer:
     return mixer.to(DEVICE)
 
 
-def poison() -> None:
-    """Leave NaN in the memory that the next allocations will take."""
-    held = [torch.full((size,), float("nan"), device=DEVICE) for size in (2**24 if GPU else 2**18, 2**14, 2**10)]
-    del held
-
-
 def results(
     mixer: Mixer, run: str, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None
 ) -> dict[str, Tensor]:
@@ -156,17 +133,6 @@ def results(
     gradients = {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None}
     assert x_btd.grad is not None
     return {"output": out_btd.detach(), "x": x_btd.grad, **gradients}
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    assert actual.keys() == expected.keys()
-    for name, want in expected.items():
-        got = actual[name]
-        assert torch.isfinite(got).all(), f"{name}: not finite"
-        assert got.shape == want.shape, f"{name}: {got.shape} for {want.shape}"
-        error = float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-3))
-        kind = "per head" if name in PER_HEAD else "B and C" if name in GROUP else "all else"
-        assert error < BOUNDS[dtype][kind], f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
@@ -284,91 +250,6 @@ def test_gradients_in_place_are_added_to_what_is_there(case: Case, recompute: st
         assert torch.equal(p.grad[unused], before[name][unused]), f"{name}: written where the width has no rows"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
-@pytest.mark.parametrize(
-    ("shape", "branch", "layer", "drop"),
-    [
-        ((2, 5, 48), True, False, None),
-        ((1, 3, 300), False, False, None),
-        ((3, 7, 1024), True, False, 0.3),
-        ((2, 5, 48), True, True, 0.3),
-        ((2, 5, 48), True, True, 0.0),
-        ((1, 3, 300), False, True, None),
-        ((3, 7, 1024), True, True, None),
-    ],
-    ids=str,
-)
-def test_residual_norm_equals_the_plain_one(
-    shape: tuple[int, ...], branch: bool, layer: bool, drop: float | None, dtype: torch.dtype
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def randn() -> Tensor:
-        return torch.randn(shape, generator=generator).flatten(0, 1).to(DEVICE)
-
-    x, weight, w_total, w_out = randn() + 0.5, nn.Parameter(randn()[0]), randn(), randn()
-    bias = nn.Parameter(randn()[0]) if layer else None
-    added = randn().to(dtype) if branch else None
-    dropping = None if drop is None else some_drop(shape[0] + 1, shape[1], drop, first_row=shape[1] - 2)
-
-    def run(fused: bool) -> dict[str, Tensor]:
-        leaves = [x.clone().requires_grad_(), None if added is None else added.clone().requires_grad_()]
-        for parameter in (weight, bias):
-            if parameter is not None:
-                parameter.grad = None
-        poison()
-        if fused:
-            total, out = add_norm_fused(leaves[0], leaves[1], weight, bias, eps=1e-5, dtype=dtype, drop=dropping)
-        else:
-            total = leaves[0]
-            if leaves[1] is not None:
-                total = total + (leaves[1].float() if dropping is None else dropped_float(leaves[1], dropping))
-            if bias is None:
-                out = rms_norm(total, weight, eps=1e-5, dtype=torch.float32)
-            else:
-                out = layer_norm(total, weight, bias, eps=1e-5, dtype=torch.float32)
-        ((total * w_total).sum() + (out.float() * w_out).sum()).backward()
-        tensors = [*leaves, weight, bias]
-        grads = {f"gradient {i}": leaf.grad for i, leaf in enumerate(tensors) if leaf is not None}
-        return {"total": total.detach(), "out": out.detach(), **grads}  # type: ignore[dict-item]
-
-    assert_close(run(fused=True), run(fused=False), dtype)
-
-
-def test_a_norm_weight_of_almost_nothing_is_divided_by_and_one_of_zero_hides_its_channel() -> None:
-    """Backward divides the output by the weight: what is hidden is that channel alone, and nothing becomes NaN."""
-    generator = torch.Generator().manual_seed(0)
-    x, w_out = (torch.randn(6, 48, generator=generator).to(DEVICE) for _ in range(2))
-    start = torch.randn(48, generator=generator)
-    start[5], start[7], start[11] = 1e-6, 0.0, -0.0
-
-    def run(fused: bool) -> tuple[Tensor, Tensor]:
-        leaf, weight = x.clone().requires_grad_(), nn.Parameter(start.to(DEVICE))
-        out = (
-            add_norm_fused(leaf, None, weight, None, eps=1e-5, dtype=torch.float32)[1]
-            if fused
-            else rms_norm(leaf, weight, eps=1e-5, dtype=torch.float32)
-        )
-        (out * w_out).sum().backward()
-        assert leaf.grad is not None
-        assert weight.grad is not None
-        return leaf.grad, weight.grad
-
-    (grad_x, grad_weight), (expected_x, expected_weight) = run(fused=True), run(fused=False)
-    hidden = start == 0
-    assert grad_weight[hidden].tolist() == [0.0, 0.0]
-    assert grad_x[:, hidden].abs().max() == 0
-    torch.testing.assert_close(grad_x[:, ~hidden], expected_x[:, ~hidden], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(grad_weight[~hidden], expected_weight[~hidden], rtol=1e-4, atol=1e-5)
-
-
-def some_drop(images: int, n_tokens: int, rate: float, first_row: int = 0) -> Drop:
-    """Drops of random keys; the second image is dropped as a whole."""
-    key_b = split_mix(torch.arange(images)).to(DEVICE)
-    scale_b = torch.tensor([1.5, 0.0, 1.25, 2.0])[:images].to(DEVICE)
-    return Drop(key_b, scale_b, threshold_of(rate), n_tokens, first_row)
-
-
 @pytest.mark.parametrize("rate", [0.1, 0.9])
 def test_kernels_drop_the_very_entries_that_the_definition_drops(rate: float) -> None:
     """Each kernel that reads or writes a part of the projection, in and out, with images joined where the scan sees them."""
@@ -456,29 +337,3 @@ def test_sequences_joined_for_the_scan_do_not_see_each_other(monkeypatch: pytest
     mixer.recompute = "inside"
     again = results(mixer, "fused", x_btd, case.width, None, drop)
     assert all(torch.equal(again[name], actual[name]) for name in actual)
-
-
-@pytest.mark.parametrize(("m", "v"), [(3, 5), (4, 4096), (2, 10000)])
-def test_cross_entropy_equals_torch(m: int, v: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = (torch.randn(m, v, generator=generator) * 5).to(DEVICE)
-    targets = torch.randint(0, v, (m,), generator=generator).to(DEVICE)
-    leaf = logits.clone().requires_grad_()
-    expected = F.cross_entropy(leaf, targets, reduction="none")
-    (expected.sum() * 0.25).backward()
-    peak, total, picked = softmax_statistics(logits, targets)
-    torch.testing.assert_close(torch.log(total) + peak - picked, expected.detach(), rtol=1e-5, atol=1e-5)
-    write_gradient(logits, targets, peak, total, 0.25)
-    assert leaf.grad is not None
-    torch.testing.assert_close(logits, leaf.grad, rtol=1e-5, atol=1e-7)
-
-
-def test_a_target_of_another_rank_is_picked_nowhere() -> None:
-    logits = torch.randn(2, 10).to(DEVICE)
-    targets = torch.tensor([-3, 12]).to(DEVICE)
-    _, _, picked = softmax_statistics(logits, targets)
-    assert picked.tolist() == [0, 0]
-    peak, total, _ = softmax_statistics(logits, targets)
-    expected = torch.softmax(logits, -1)
-    write_gradient(logits, targets, peak, total, 1.0)
-    torch.testing.assert_close(logits, expected)

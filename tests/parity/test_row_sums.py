@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from modeling.ops.kernels.row_sums import ROWS, ConvSums, ProjectionSums, RateSums, add_row_sums, sum_rows
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
+from tests.parity.kernel_checks import DEVICE
 
 
 def drawn(*shape: int) -> Tensor:
