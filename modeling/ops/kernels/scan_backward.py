@@ -28,7 +28,7 @@ from torch import Tensor
 from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import exp, rounded
 from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, shares_of, walk_of
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, heads_shared, launch_of, walk_of
 
 
 @triton.jit
@@ -284,11 +284,12 @@ def scan_backward(
         grad_scores, rows, t, h, n_chunks, each,
         **shape, **launch_of("inputs_gradients", columns, dtype),
     )  # fmt: skip
-    shares, share_heads = shares_of(h, n_chunks * b)
-    added = torch.empty(b, n_chunks, shares, CHUNK, 2 * n, device=mixed_btc.device) if shares > 1 else None
+    each = heads_shared(h, n_chunks * b)
+    shares = triton.cdiv(h, each)
+    added = grad_scores.new_empty(b, n_chunks, shares, CHUNK, 2 * n) if shares > 1 else None
     _group_gradients[(n_chunks, b, shares)](
         group, x, dy, S, dS, grad_group, steps.decay, steps.source, seq_idx_bt, grad_scores, parts, reached, decayed, added,
-        t, h, n_chunks, share_heads, **shape, SHARED=shares > 1, **launch_of("group_gradients", columns, dtype),
+        t, h, n_chunks, each, **shape, SHARED=shares > 1, **launch_of("group_gradients", columns, dtype),
     )  # fmt: skip
     if added is not None:
         _add_shares[(n_chunks, b, 2)](added, shares, grad_group, n_chunks, N=n, CHUNK=CHUNK, num_warps=8)

@@ -80,14 +80,13 @@ def heads_each(heads: int, chunks: int) -> int:
     return triton.cdiv(heads, max(1, min(heads, triton.cdiv(PROGRAMS_WANTED, chunks))))
 
 
-def shares_of(heads: int, chunks: int) -> tuple[int, int]:
-    """Over how many programs a chunk's heads are shared out where each program fills a multiprocessor, and heads of each.
+def heads_shared(heads: int, chunks: int) -> int:
+    """As `heads_each`, where each program fills a multiprocessor, and what the programs of a chunk leave is added up after.
 
     One program takes them all but where chunks would leave half of the multiprocessors idle: adding up costs a launch.
     """
     wanted = max(1, min(MULTIPROCESSORS // chunks, heads // LEAST_SHARE))
-    each = triton.cdiv(heads, wanted)
-    return triton.cdiv(heads, each), each
+    return triton.cdiv(heads, wanted)
 
 
 def launch_of(kernel: str, columns: int, dtype: torch.dtype) -> dict[str, int]:
