@@ -17,8 +17,12 @@ from modeling.ops.kernels.dropout import dropped
 from modeling.ops.kernels.row_sums import sum_rows
 
 SMALLEST = tl.constexpr(1e-30)
-THREADS = 132 * 2048
-"""What an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
+THREADS = 132 * 1024
+"""Half of what an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
+ROWS_AT_ONCE = 3
+"""Rows that a program of backward has under way: it waits for all its warps twice a row, and memory would wait with it."""
+BYTES_AHEAD = 2**17
+"""Shared memory that those may fill."""
 BranchDrop = tuple[Tensor, Tensor, int, int, int]
 """key_b, scale_b, threshold, n_tokens, first_row of modeling.ops.dropout.Drop."""
 
@@ -60,14 +64,14 @@ def _residual_backward(
     grad_ptr, grad_sum_ptr, kept_ptr, weight_ptr, mean_ptr, scale_ptr, grad_x_ptr, grad_branch_ptr, grad_weight_ptr,
     grad_bias_ptr, rows, width, key_ptr, drop_scale_ptr, n_tokens, first_row,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, ONWARD: tl.constexpr, LAYER: tl.constexpr,
-    DROP: tl.constexpr, THRESHOLD: tl.constexpr,
+    DROP: tl.constexpr, THRESHOLD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0)
     inverse = tl.where(tl.abs(weight) < SMALLEST, 0.0, 1.0 / tl.where(tl.abs(weight) < SMALLEST, 1.0, weight))
     grad_weight = tl.zeros([BLOCK], tl.float32)
     grad_bias = tl.zeros([BLOCK], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         place = row[:, None] * width + column[None, :]
@@ -162,7 +166,10 @@ def residual_norm_backward(
         None if branch_dtype is None else torch.empty(kept_md.shape, dtype=branch_dtype, device=kept_md.device)
     )
     blocks, shape = _shape(n_tokens, d)
+    shape["num_warps"] = min(16, 2 * shape["num_warps"])
     programs = min(blocks, THREADS // (32 * shape["num_warps"]))
+    row_bytes = shape["ROWS"] * shape["BLOCK"] * (grad_md.element_size() + kept_md.element_size() + 4)
+    stages = max(1, min(ROWS_AT_ONCE, BYTES_AHEAD // row_bytes))
     grad_weight = torch.empty(programs, d, dtype=torch.float32, device=kept_md.device)
     grad_bias = None if mean_m is None else torch.empty_like(grad_weight)
     pointers, flags = _drop_arguments(drop)
@@ -170,5 +177,6 @@ def residual_norm_backward(
         grad_md, grad_sum_md, kept_md, weight_d, mean_m, scale_m, grad_x, grad_branch, grad_weight, grad_bias,
         n_tokens, d, *pointers,
         **shape, BRANCH=branch_dtype is not None, ONWARD=grad_sum_md is not None, LAYER=mean_m is not None, **flags,
+        STAGES=stages,
     )  # fmt: skip
     return grad_x, grad_branch, sum_rows(grad_weight), None if grad_bias is None else sum_rows(grad_bias)
