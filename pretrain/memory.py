@@ -64,7 +64,9 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
         "selective": (layer.projections, layer.inside),
         "block": (layer.inputs, all_of),
     }[cfg.parallel.activation_checkpointing]
-    activations = cfg.model.n_layers * kept + between * cfg.model.d_model * FLOAT
+    # The embedded tokens, and their gradient where widths share them.
+    embedded = 2 if cfg.parallel.keeps_gradients and isinstance(cfg.model, LanguageConfig) else 1
+    activations = cfg.model.n_layers * kept + embedded * between * cfg.model.d_model * FLOAT
     weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
     in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)
     copies = 0 if cfg.parallel.keeps_gradients else 1
@@ -105,7 +107,7 @@ class _Layer:
         mixed = tokens * (inner + bc) * BF16
         channels = tokens * inner * BF16
         states = tokens // SCAN_CHUNK * inner * cfg.d_state * BF16
-        steps = 3 * tokens * heads * FLOAT
+        steps = 4 * tokens * heads * FLOAT
         weights = (2 * inner + bc + heads + inner) * d * BF16
         inputs = between * d * (FLOAT + BF16)
         normed = tokens * d * BF16

@@ -150,8 +150,8 @@ class _FusedMixer(torch.autograd.Function):
         # Read once: under torch.utils.checkpoint a second reading finds the tensors already given away.
         saved = ctx.saved_tensors
         x_md, weights = saved[0], MixerWeights(*saved[1:14])
-        projection, projected, *steps = saved[14:19]
-        squares, out_weight, seq_idx, mixed, y, normed, states = saved[19:]
+        projection, projected, *steps = saved[14:20]
+        squares, out_weight, seq_idx, mixed, y, normed, states = saved[20:]
         steps = TimeSteps(*steps)
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim

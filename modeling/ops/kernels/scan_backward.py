@@ -7,6 +7,8 @@ gradient by the state after it; M = (C B^T) L with L_ls = delta_s e^(a_l - a_s),
        dM = dy x^T      d(C B^T) = sum over heads of dM L      dx = M^T dy + delta e^(a_end - a) B dS + D dy.
 3. `_group_gradients`: B and C feed every head, so theirs is one long product over all channels:
        dC = (e^a dy) S^T + d(C B^T) B      dB = (e^(a_end - a) delta x) dS^T + d(C B^T)^T C.
+   A chunk has a program for either: sums of both leave a multiprocessor registers for two programs, which wait for their
+   barriers, and those of one for three or four. The S that both read comes from memory once and from the cache once.
    Where there are fewer chunks than multiprocessors, heads are shared out over programs, and `_add_shares` adds up.
 4. `_rate_gradients`: what reaches the running sums a, and through them delta, dt, dt_bias and A:
        da = rowsum(dM M) - colsum(dM M) + e^a dy . C S - delta e^(a_end - a) x . B dS, and at the end e^(a_end) S . dS.
@@ -27,55 +29,83 @@ from torch import Tensor
 
 from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import exp, rounded
-from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, heads_shared, launch_of, walk_of
+from modeling.ops.kernels.scan_common import (
+    SIZES,
+    TimeSteps,
+    chunk_documents,
+    group_tiles,
+    head_tiles,
+    load_state,
+    reach,
+    reaching_end,
+    state_tiles,
+    store_state,
+)
+from modeling.ops.kernels.tiles import (
+    CHUNK,
+    chunks_of,
+    columns_of,
+    heads_each,
+    heads_shared,
+    launch_of,
+    states_turned,
+    walk_of,
+)
 
 
 @triton.jit
-def _previous_gradient(dy_tiles, grad_state_tiles, decays, b, c, head, H, n_chunks, padded, C, dS, from_before, keep,
-                       N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Store one head's dS of chunk `c`; returns that of the chunk before. The pointer is to the sequence's first head."""
+def _previous_gradient(dy_tiles, grad_state_tiles, b, c, head, H, n_chunks, C, dS, into, kept,
+                       N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
+    """Store one head's dS of chunk `c`; returns that of the chunk before."""
     dy = dy_tiles.load([b, c * CHUNK, head, 0]).reshape(CHUNK, COLUMNS)
-    steps = head * padded + c * CHUNK
-    a = tl.load(decays + steps + tl.arange(0, CHUNK))
-    end = tl.load(decays + steps + CHUNK - 1)
-    grad_state_tiles.store([((b * n_chunks + c) * H + head) * N, 0], dS.to(dy.dtype))
-    dy_into = (dy.to(tl.float32) * (tl.exp2(a) * from_before)[:, None]).to(dy.dtype)
-    return tl.dot(tl.trans(C), dy_into, dS * (tl.exp2(end) * keep), input_precision="ieee")
+    store_state(grad_state_tiles, (b * n_chunks + c) * H + head, dS.to(dy.dtype), N, COLUMNS, TURNED)
+    dy_into = (dy.to(tl.float32) * into[:, None]).to(dy.dtype)
+    return tl.dot(tl.trans(C), dy_into, dS * kept, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _state_gradients(
     group_tiles, dy_tiles, grad_state_tiles, decay_ptr, seq_ptr, T, H, n_chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, DOCS: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
+    DOCS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) * HEADS
     b = tl.program_id(1)
-    padded = n_chunks * CHUNK
-    decays = decay_ptr + b.to(tl.int64) * H * padded
+    second = tl.minimum(head + 1, H - 1)  # of an odd number the last head is walked twice, to the same gradients
+    steps = (b.to(tl.int64) * H + head) * n_chunks * CHUNK
+    second_steps = (b.to(tl.int64) * H + second) * n_chunks * CHUNK
     dS = tl.zeros([N, COLUMNS], tl.float32)
     other = dS
-    second = tl.minimum(head + 1, H - 1)  # of an odd number the last head is walked twice, to the same gradients
+    last = (n_chunks - 1) * CHUNK
+    # A chunk early, as in scan_forward.
+    next_decay, next_end = reaching_end(decay_ptr, decay_ptr, steps + last, CHUNK)
+    if HEADS == 2:
+        others_decay, others_end = reaching_end(decay_ptr, decay_ptr, second_steps + last, CHUNK)
     for i in range(n_chunks):
         c = n_chunks - 1 - i
+        following = tl.maximum(c - 1, 0) * CHUNK
         C = group_tiles.load([b, c * CHUNK, N]).reshape(CHUNK, N)
         _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+        decay, end = next_decay, next_end
+        next_decay, next_end = reaching_end(decay_ptr, decay_ptr, steps + following, CHUNK)
         dS = _previous_gradient(
-            dy_tiles, grad_state_tiles, decays, b, c, head, H, n_chunks, padded, C, dS, from_before, keep,
-            N, CHUNK, COLUMNS,
+            dy_tiles, grad_state_tiles, b, c, head, H, n_chunks, C, dS, tl.exp2(decay) * from_before, tl.exp2(end) * keep,
+            N, CHUNK, COLUMNS, TURNED,
         )  # fmt: skip
         if HEADS == 2:
+            decay, end = others_decay, others_end
+            others_decay, others_end = reaching_end(decay_ptr, decay_ptr, second_steps + following, CHUNK)
             other = _previous_gradient(
-                dy_tiles, grad_state_tiles, decays, b, c, second, H, n_chunks, padded, C, other, from_before, keep,
-                N, CHUNK, COLUMNS,
+                dy_tiles, grad_state_tiles, b, c, second, H, n_chunks, C, other, tl.exp2(decay) * from_before,
+                tl.exp2(end) * keep, N, CHUNK, COLUMNS, TURNED,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _inputs_gradients(
-    x_tiles, group_tiles, dy_tiles, grad_state_tiles, grad_x_tiles, decay_ptr, source_ptr, D_ptr, seq_ptr,
+    x_tiles, group_tiles, dy_tiles, grad_state_tiles, grad_x_tiles, decay_ptr, source_ptr, sending_ptr, D_ptr, seq_ptr,
     grad_scores_ptr, rows_ptr, T, H, n_chunks, heads_each,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     c = tl.program_id(1)
@@ -91,98 +121,125 @@ def _inputs_gradients(
         # From here on B only meets what reaches the end of the chunk: masked once, it costs the loop no register.
         B = tl.where(to_end[:, None] > 0.0, B, 0.0).to(B.dtype)
     grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for h in range(part * heads_each, tl.minimum((part + 1) * heads_each, H)):
-        steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
-        dS = grad_state_tiles.load([((b * n_chunks + c) * H + h) * N, 0])
+    first = part * heads_each
+    last = tl.minimum(first + heads_each, H)
+    head_steps = b.to(tl.int64) * H * (n_chunks * CHUNK) + t
+    # A head early: the compiler runs ahead with tiles, and with `source`, which would take registers, but not with these.
+    next_decay = tl.load(decay_ptr + head_steps + first * (n_chunks * CHUNK) + l)
+    next_sending = tl.load(sending_ptr + head_steps + first * (n_chunks * CHUNK) + l)
+    next_D = tl.load(D_ptr + first)
+    for h in range(first, last):
+        decay, sending, D = next_decay, next_sending, next_D
+        following = tl.minimum(h + 1, last - 1)
+        next_decay = tl.load(decay_ptr + head_steps + following * (n_chunks * CHUNK) + l)
+        next_sending = tl.load(sending_ptr + head_steps + following * (n_chunks * CHUNK) + l)
+        next_D = tl.load(D_ptr + following)
+        steps = head_steps + h * (n_chunks * CHUNK)
+        dS = load_state(grad_state_tiles, (b * n_chunks + c) * H + h, N, COLUMNS, TURNED)
         dy = dy_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
         x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
-        decay = tl.load(decay_ptr + steps + l)
-        source = tl.load(source_ptr + steps + l)
-        end = tl.load(decay_ptr + steps + CHUNK - 1)
-        x32 = x.to(tl.float32)
-        dy32 = dy.to(tl.float32)
 
-        grad_x = tl.dot(B, dS, input_precision="ieee") * tl.exp2(end - source)[:, None]
-        sent = tl.sum(grad_x * x32, axis=1)
-        skipped = tl.sum(dy32 * x32, axis=1)
-        weights = reach(decay, source)
+        weights = reach(decay, tl.load(source_ptr + steps + l))
         dM = tl.dot(dy, tl.trans(x), input_precision="ieee")
         grad_scores += dM * weights
         M = rounded(scores * weights, dy.dtype)
         by_target = tl.sum(dM * M, axis=1)
-        grad_x = tl.dot(tl.trans(M.to(dy.dtype)), dy, grad_x, input_precision="ieee")
+        # Squares are done with before the first of x's shape is made: both at once do not fit in the registers.
+        from_targets = tl.trans(M.to(dy.dtype))
+        grad_x = tl.dot(B, dS, input_precision="ieee") * sending[:, None]
+        x32 = x.to(tl.float32)
+        sent = tl.sum(grad_x * x32, axis=1)
+        grad_x = tl.dot(from_targets, dy, grad_x, input_precision="ieee")
+        dy32 = dy.to(tl.float32)
+        skipped = tl.sum(dy32 * x32, axis=1)
         by_source = tl.sum(grad_x * x32, axis=1)
         # All four in one store: each of its own would cost an exchange of layouts.
         rows = tl.permute(tl.join(tl.join(by_target, by_source), tl.join(sent, skipped)), (0, 2, 1))
         pair = tl.arange(0, 2)
         tl.store(rows_ptr + (steps + l)[:, None, None] * 4 + pair[None, :, None] * 2 + pair[None, None, :], rows)
-        grad_x += tl.load(D_ptr + h) * dy32
+        grad_x += D * dy32
         grad_x_tiles.store([b, t, h, 0], grad_x.to(dy.dtype).reshape(1, CHUNK, 1, COLUMNS))
     out = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * tl.num_programs(0) + part) * (CHUNK * CHUNK)
     tl.store(out + l[:, None] * CHUNK + l[None, :], tl.where(visible, grad_scores, 0.0))
 
 
 @triton.jit
+def _scores_gradient(grad_scores_ptr, chunk, parts, CHUNK: tl.constexpr):
+    """d(C B^T) of a chunk: the sum of what each part of the heads left. Programs that share the heads share the parts as well."""
+    l = tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for part in range(tl.program_id(2), parts, tl.num_programs(2)):
+        total += tl.load(grad_scores_ptr + (chunk * parts + part) * (CHUNK * CHUNK) + l[:, None] * CHUNK + l[None, :])
+    return total
+
+
+@triton.jit
+def _store_group(grad_group_tiles, shares_ptr, grad, b, t, chunk, place: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+                 SHARED: tl.constexpr):  # fmt: skip
+    """Store B's or C's gradient of a chunk, whose rows' entries begin at `place`; where heads are shared, this program's part."""
+    if SHARED:
+        rows = shares_ptr + (chunk * tl.num_programs(2) + tl.program_id(2)) * (CHUNK * 2 * N) + place
+        tl.store(rows + tl.arange(0, CHUNK)[:, None] * (2 * N) + tl.arange(0, N)[None, :], grad)
+    else:
+        grad_group_tiles.store([b, t, place], grad.to(grad_group_tiles.dtype).reshape(1, CHUNK, N))
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _group_gradients(
-    group_tiles, x_tiles, dy_tiles, state_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, source_ptr, seq_ptr,
+    group_tiles, x_tiles, dy_tiles, state_tiles, grad_state_tiles, grad_group_tiles, decay_ptr, sending_ptr, seq_ptr,
     grad_scores_ptr, parts, reached_ptr, decayed_ptr, shares_ptr, T, H, n_chunks, heads_each,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr, SHARED: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr, DOCS: tl.constexpr,
+    SHARED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0)
+    of_C = tl.program_id(0) % 2 == 0
+    c = tl.program_id(0) // 2
     b = tl.program_id(1)
     share = tl.program_id(2)
     l = tl.arange(0, CHUNK)
     t = c * CHUNK
-    C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
-    _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
-    if DOCS:
-        # What the state before the chunk does not reach: masked here and after the loop, which has no register left for it.
-        C = tl.where(from_before[:, None] > 0.0, C, 0.0).to(C.dtype)
-    grad_C = tl.zeros([CHUNK, N], tl.float32)
-    grad_B = tl.zeros([CHUNK, N], tl.float32)
-    for h in range(share * heads_each, tl.minimum((share + 1) * heads_each, H)):
-        steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
-        row = (b * n_chunks + c) * H + h
-        S = state_tiles.load([row * N, 0])
-        dS = grad_state_tiles.load([row * N, 0])
-        dy = dy_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
-        x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
-        into = tl.exp2(tl.load(decay_ptr + steps + l))
-        end = tl.load(decay_ptr + steps + CHUNK - 1)
-        sent = tl.exp2(end - tl.load(source_ptr + steps + l))
-        dy_into = dy.to(tl.float32) * into[:, None]
-        carried = tl.dot(C, S, input_precision="ieee")
-        tl.store(reached_ptr + steps + l, tl.sum(carried * dy_into, axis=1))
-        decayed = tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-        tl.store(decayed_ptr + row, decayed * tl.exp2(end) * keep)
-        grad_C = tl.dot(dy_into.to(dy.dtype), tl.trans(S), grad_C, input_precision="ieee")
-        x_sent = (x.to(tl.float32) * sent[:, None]).to(x.dtype)
-        grad_B = tl.dot(x_sent, tl.trans(dS), grad_B, input_precision="ieee")
-    if DOCS:
+    chunk = b.to(tl.int64) * n_chunks + c
+    head_steps = b.to(tl.int64) * H * (n_chunks * CHUNK) + t
+    last = tl.minimum((share + 1) * heads_each, H)
+    _, from_before, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+    grad = tl.zeros([CHUNK, N], tl.float32)
+    if of_C:
         C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
-        _, from_before, to_end, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
-        grad_C = tl.where(from_before[:, None] > 0.0, grad_C, 0.0)
-        grad_B = tl.where(to_end[:, None] > 0.0, grad_B, 0.0)
-    # d(C B^T) of the chunk: the sum of what each part of the heads left. Programs that share the heads share the parts as well.
-    grad_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for part in range(share, parts, tl.num_programs(2)):
-        at = grad_scores_ptr + ((b.to(tl.int64) * n_chunks + c) * parts + part) * (CHUNK * CHUNK)
-        grad_scores += tl.load(at + l[:, None] * CHUNK + l[None, :])
-    low = grad_scores.to(C.dtype)
-    B = group_tiles.load([b, t, 0]).reshape(CHUNK, N)
-    if SHARED:  # rows as they lie in the gradient: B's entries, then C's
-        out = shares_ptr + ((b.to(tl.int64) * n_chunks + c) * tl.num_programs(2) + share) * (CHUNK * 2 * N)
-        place = l[:, None] * (2 * N) + tl.arange(0, N)[None, :]
-    grad_C = tl.dot(low, B, grad_C, input_precision="ieee")
-    if SHARED:
-        tl.store(out + N + place, grad_C)
+        if DOCS:
+            # What the state before the chunk does not reach: masked here and after the loop, which has no register left.
+            C = tl.where(from_before[:, None] > 0.0, C, 0.0).to(C.dtype)
+        for h in tl.range(share * heads_each, last, num_stages=STAGES):
+            steps = head_steps + h * (n_chunks * CHUNK)
+            S = load_state(state_tiles, (b * n_chunks + c) * H + h, N, COLUMNS, TURNED)
+            dy = dy_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
+            dy_into = dy.to(tl.float32) * tl.exp2(tl.load(decay_ptr + steps + l))[:, None]
+            carried = tl.dot(C, S, input_precision="ieee")
+            tl.store(reached_ptr + steps + l, tl.sum(carried * dy_into, axis=1))
+            grad = tl.dot(dy_into.to(dy.dtype), tl.trans(S), grad, input_precision="ieee")
+        if DOCS:
+            grad = tl.where(from_before[:, None] > 0.0, grad, 0.0)
+        B = group_tiles.load([b, t, 0]).reshape(CHUNK, N)
+        grad = tl.dot(
+            _scores_gradient(grad_scores_ptr, chunk, parts, CHUNK).to(B.dtype), B, grad, input_precision="ieee"
+        )
+        _store_group(grad_group_tiles, shares_ptr, grad, b, t, chunk, N, N, CHUNK, SHARED)
     else:
-        grad_group_tiles.store([b, t, N], grad_C.to(C.dtype).reshape(1, CHUNK, N))
-    grad_B = tl.dot(tl.trans(low), C, grad_B, input_precision="ieee")
-    if SHARED:
-        tl.store(out + place, grad_B)
-    else:
-        grad_group_tiles.store([b, t, 0], grad_B.to(C.dtype).reshape(1, CHUNK, N))
+        # Left to itself the compiler runs ahead with what a product takes, not with S, which none does here.
+        for h in tl.range(share * heads_each, last, num_stages=STAGES):
+            row = (b * n_chunks + c) * H + h
+            steps = head_steps + h * (n_chunks * CHUNK)
+            S = load_state(state_tiles, row, N, COLUMNS, TURNED)
+            dS = load_state(grad_state_tiles, row, N, COLUMNS, TURNED)
+            decayed = tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+            tl.store(decayed_ptr + row, decayed * tl.exp2(tl.load(decay_ptr + steps + CHUNK - 1)) * keep)
+            x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
+            sent = (x.to(tl.float32) * tl.load(sending_ptr + steps + l)[:, None]).to(x.dtype)
+            grad = tl.dot(sent, tl.trans(dS), grad, input_precision="ieee")
+        if DOCS:
+            grad = tl.where(to_end[:, None] > 0.0, grad, 0.0)
+        C = group_tiles.load([b, t, N]).reshape(CHUNK, N)
+        low = _scores_gradient(grad_scores_ptr, chunk, parts, CHUNK).to(C.dtype)
+        grad = tl.dot(tl.trans(low), C, grad, input_precision="ieee")
+        _store_group(grad_group_tiles, shares_ptr, grad, b, t, chunk, 0, N, CHUNK, SHARED)
 
 
 @triton.jit
@@ -264,10 +321,11 @@ def scan_backward(
     b, t, width = mixed_btc.shape
     h, n_chunks, columns, dtype = heads, chunks_of(t), columns_of(headdim), mixed_btc.dtype
     n = (width - h * headdim) // 2
-    shape = {"N": n, "CHUNK": CHUNK, "COLUMNS": columns, "DOCS": seq_idx_bt is not None}
+    turned, docs = states_turned(headdim, dtype), seq_idx_bt is not None
+    shape = {"N": n, "CHUNK": CHUNK, "COLUMNS": columns, "TURNED": turned, "DOCS": docs}
     grad_states, grad_mixed = torch.empty_like(states), torch.empty_like(mixed_btc)
     x, group, dy = head_tiles(mixed_btc, h, headdim), group_tiles(mixed_btc, n), head_tiles(grad_y_bti, h, headdim)
-    S, dS, grad_group = state_tiles(states), state_tiles(grad_states), group_tiles(grad_mixed, n)
+    S, dS, grad_group = state_tiles(states, headdim), state_tiles(grad_states, headdim), group_tiles(grad_mixed, n)
     # Of each step and head: rowsum(dM M), colsum(dM M) with what it sends to the end, that alone, dy . x.
     rows = torch.empty(*steps.delta.shape, 4, dtype=torch.float32, device=mixed_btc.device)
     reached = torch.empty_like(steps.delta)
@@ -280,16 +338,17 @@ def scan_backward(
     parts = triton.cdiv(h, each)
     grad_scores = torch.empty(b, n_chunks, parts, CHUNK, CHUNK, dtype=torch.float32, device=mixed_btc.device)
     _inputs_gradients[(parts, n_chunks, b)](
-        x, group, dy, dS, head_tiles(grad_mixed, h, headdim), steps.decay, steps.source, D_h, seq_idx_bt,
-        grad_scores, rows, t, h, n_chunks, each,
+        x, group, dy, dS, head_tiles(grad_mixed, h, headdim), steps.decay, steps.source, steps.sending, D_h,
+        seq_idx_bt, grad_scores, rows, t, h, n_chunks, each,
         **shape, **launch_of("inputs_gradients", columns, dtype),
     )  # fmt: skip
     each = heads_shared(h, n_chunks * b)
     shares = triton.cdiv(h, each)
+    launch = launch_of("group_gradients", columns, dtype)
     added = grad_scores.new_empty(b, n_chunks, shares, CHUNK, 2 * n) if shares > 1 else None
-    _group_gradients[(n_chunks, b, shares)](
-        group, x, dy, S, dS, grad_group, steps.decay, steps.source, seq_idx_bt, grad_scores, parts, reached, decayed, added,
-        t, h, n_chunks, each, **shape, SHARED=shares > 1, **launch_of("group_gradients", columns, dtype),
+    _group_gradients[(2 * n_chunks, b, shares)](
+        group, x, dy, S, dS, grad_group, steps.decay, steps.sending, seq_idx_bt, grad_scores, parts, reached, decayed, added,
+        t, h, n_chunks, each, **shape, SHARED=shares > 1, STAGES=launch["num_stages"], **launch,
     )  # fmt: skip
     if added is not None:
         _add_shares[(n_chunks, b, 2)](added, shares, grad_group, n_chunks, N=n, CHUNK=CHUNK, num_warps=8)

@@ -2,7 +2,7 @@
 
 Letters: b batch, t time, h heads. Exponents are in units of log 2. Per chunk, `decay` is the running sum of delta * A from
 the chunk's first step on, and `source` is decay - log2(delta): a step s reaches step l times delta_s as
-2^(decay_l - source_s).
+2^(decay_l - source_s), and the chunk's end as `sending`_s.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import LOG2_E, exp
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, states_turned
 
 HEADS_AT_ONCE = 16
+SIZES = ["T", "H", "n_chunks", "heads_each", "parts"]
+"""Arguments that no kernel of the scan is compiled anew for: each width would have binaries of its own, and where there was one
+head a program, ptxas (of Triton 3.6) gave dS's descriptor an address for its upper half, of tiles of 16 and 32 channels."""
 SMALLEST = tl.constexpr(2.0**-126)
 REACH = tl.constexpr(24.0)
 """Bound of log2(delta) and of how far a step reaches: it keeps the exponents of steps that must not meet finite, whose
@@ -35,16 +38,19 @@ class TimeSteps(NamedTuple):
     """Running sum of delta A / log 2 from each chunk's first step on."""
     source: Tensor
     """decay - log2(delta), of at least the smallest normal delta."""
+    sending: Tensor
+    """delta times what decays until the chunk's end: 2^(its last decay - source)."""
 
 
 @triton.jit
 def _time_steps(
-    dt_ptr, row_stride, bias_ptr, A_log_ptr, delta_ptr, decay_ptr, source_ptr, T, H, padded,
+    dt_ptr, row_stride, bias_ptr, A_log_ptr, delta_ptr, decay_ptr, source_ptr, sending_ptr, T, H, padded,
     key_ptr, drop_scale_ptr, channel_ptr,
     CHUNK: tl.constexpr, HEADS_AT_ONCE: tl.constexpr, DROP: tl.constexpr,
     THRESHOLD: tl.constexpr, N_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    l = tl.arange(0, CHUNK)
+    t = tl.program_id(0) * CHUNK + l
     h = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)
     b = tl.program_id(2).to(tl.int64)
     live = h < H
@@ -61,16 +67,42 @@ def _time_steps(
     delta = tl.where(mask, tl.maximum(raw, 0.0) + log1p, 0.0)
     rate = -LOG2_E * exp(tl.load(A_log_ptr + h, mask=live, other=0.0))
     decay = tl.cumsum(delta * rate[None, :], axis=0)
+    end = tl.sum(tl.where((l == CHUNK - 1)[:, None], decay, 0.0), axis=0)
+    source = decay - tl.log2(tl.maximum(delta, SMALLEST))
     place = (b * H + h)[None, :] * padded + t[:, None]
     tl.store(delta_ptr + place, delta, mask=live[None, :] & (t >= 0)[:, None])
     tl.store(decay_ptr + place, decay, mask=live[None, :] & (t >= 0)[:, None])
-    tl.store(source_ptr + place, decay - tl.log2(tl.maximum(delta, SMALLEST)), mask=live[None, :] & (t >= 0)[:, None])
+    tl.store(source_ptr + place, source, mask=live[None, :] & (t >= 0)[:, None])
+    tl.store(sending_ptr + place, tl.exp2(end[None, :] - source), mask=live[None, :] & (t >= 0)[:, None])
 
 
 @triton.jit
 def reach(decay_l, source_s):
     """delta_s e^(a_l - a_s) of every two steps of a chunk; finite but meaningless where s is after l."""
     return tl.exp2(tl.minimum(decay_l[:, None] - source_s[None, :], REACH))
+
+
+@triton.jit
+def reaching_end(sending_ptr, decay_ptr, steps, CHUNK: tl.constexpr):
+    """Of the chunk and head whose first step is at `steps`: `sending`, and the chunk's last decay."""
+    return tl.load(sending_ptr + steps + tl.arange(0, CHUNK)), tl.load(decay_ptr + steps + CHUNK - 1)
+
+
+@triton.jit
+def load_state(state_tiles, row, N: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):
+    """One head's state of a chunk, n x p."""
+    if TURNED:
+        return tl.trans(state_tiles.load([row, 0, 0]).reshape(COLUMNS, N))
+    else:
+        return state_tiles.load([row, 0, 0]).reshape(N, COLUMNS)
+
+
+@triton.jit
+def store_state(state_tiles, row, state, N: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):
+    if TURNED:
+        state_tiles.store([row, 0, 0], tl.trans(state).reshape(1, COLUMNS, N))
+    else:
+        state_tiles.store([row, 0, 0], state.reshape(1, N, COLUMNS))
 
 
 @triton.jit
@@ -108,17 +140,25 @@ def group_tiles(mixed_btc: Tensor, n: int) -> TensorDescriptor:
     return TensorDescriptor(group, list(group.shape), list(group.stride()), [1, CHUNK, n])
 
 
-def state_tiles(states: Tensor) -> TensorDescriptor:
-    """States of shape b, chunk, h, n, p as rows of p; a tile is one head's."""
-    rows = states.flatten(0, 3)
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [states.shape[3], columns_of(states.shape[4])])
+def new_states(b: int, n_chunks: int, heads: int, n: int, headdim: int, *, like: Tensor) -> Tensor:
+    """Room for a state a chunk and head: shape b, chunk, h, n, p, or b, chunk, h, p, n where `tiles.states_turned` says so."""
+    state = (headdim, n) if states_turned(headdim, like.dtype) else (n, headdim)
+    return like.new_empty(b, n_chunks, heads, *state)
+
+
+def state_tiles(states: Tensor, headdim: int) -> TensorDescriptor:
+    """What `new_states` made, batch, chunk and head in one dim; a tile is one head's."""
+    rows = states.flatten(0, 2)
+    n, columns = states[0, 0, 0].numel() // headdim, columns_of(headdim)
+    tile = [columns, n] if states_turned(headdim, states.dtype) else [n, columns]
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, *tile])
 
 
 def time_steps(dt_bth: Tensor, dt_bias_h: Tensor, A_log_h: Tensor, drop: ChannelDrop | None = None) -> TimeSteps:
     """Of `dt_bth` with entries dropped as `drop` says. It may be a slice of wider rows; bias and A_log may have more heads."""
     b, t, h = dt_bth.shape
     padded = chunks_of(t) * CHUNK
-    steps = TimeSteps(*torch.empty(3, b, h, padded, dtype=torch.float32, device=dt_bth.device).unbind())
+    steps = TimeSteps(*torch.empty(4, b, h, padded, dtype=torch.float32, device=dt_bth.device).unbind())
     grid = (chunks_of(t), triton.cdiv(h, HEADS_AT_ONCE), b)
     pointers, flags = drop_arguments(drop)
     _time_steps[grid](

@@ -7,7 +7,7 @@ state before it (n x p):
        y_l = e^(a_l) C_l S + sum over s <= l of (C_l . B_s) e^(a_l - a_s) delta_s x_s  +  D x_l.
 
 One kernel that does both moves a third fewer bytes, but its chain of products from chunk to chunk leaves the GPU waiting:
-it took half as long again. Backward needs the S of each chunk, in the compute dtype, shape b, chunk, h, n, p.
+it took half as long again. Backward needs the S of each chunk, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -17,54 +17,73 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.ops.kernels.scan_common import TimeSteps, chunk_documents, group_tiles, head_tiles, reach, state_tiles
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, walk_of
+from modeling.ops.kernels.scan_common import (
+    SIZES,
+    TimeSteps,
+    chunk_documents,
+    group_tiles,
+    head_tiles,
+    load_state,
+    new_states,
+    reach,
+    reaching_end,
+    state_tiles,
+    store_state,
+)
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, states_turned, walk_of
 
 
 @triton.jit
-def _next_state(x_tiles, state_tiles, decays, sources, b, c, head, H, n_chunks, padded, B, state, to_end, keep,
-                N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Store one head's state before chunk `c`; returns the one after it. The pointers are to the sequence's first head."""
+def _next_state(x_tiles, state_tiles, b, c, head, H, n_chunks, B, state, sending, kept,
+                N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
+    """Store one head's state before chunk `c`; returns the one after it, of which `kept` is there already."""
     x = x_tiles.load([b, c * CHUNK, head, 0]).reshape(CHUNK, COLUMNS)
-    steps = head * padded + c * CHUNK
-    source = tl.load(sources + steps + tl.arange(0, CHUNK))
-    end = tl.load(decays + steps + CHUNK - 1)
-    state_tiles.store([((b * n_chunks + c) * H + head) * N, 0], state.to(x.dtype))
-    sent = (x.to(tl.float32) * (tl.exp2(end - source) * to_end)[:, None]).to(x.dtype)
-    return tl.dot(tl.trans(B), sent, state * (tl.exp2(end) * keep), input_precision="ieee")
+    store_state(state_tiles, (b * n_chunks + c) * H + head, state.to(x.dtype), N, COLUMNS, TURNED)
+    sent = (x.to(tl.float32) * sending[:, None]).to(x.dtype)
+    return tl.dot(tl.trans(B), sent, state * kept, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _states(
-    x_tiles, group_tiles, state_tiles, decay_ptr, source_ptr, seq_ptr, T, H, n_chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, DOCS: tl.constexpr,
+    x_tiles, group_tiles, state_tiles, decay_ptr, sending_ptr, seq_ptr, T, H, n_chunks,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
+    DOCS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) * HEADS
     b = tl.program_id(1)
-    padded = n_chunks * CHUNK
-    decays = decay_ptr + b.to(tl.int64) * H * padded
-    sources = source_ptr + b.to(tl.int64) * H * padded
+    second = tl.minimum(head + 1, H - 1)  # of an odd number the last head is walked twice, to the same states
+    steps = (b.to(tl.int64) * H + head) * n_chunks * CHUNK
+    second_steps = (b.to(tl.int64) * H + second) * n_chunks * CHUNK
     state = tl.zeros([N, COLUMNS], tl.float32)
     other = state
-    second = tl.minimum(head + 1, H - 1)  # of an odd number the last head is walked twice, to the same states
+    # What decays is loaded a chunk early: the walk waits for it otherwise, and the compiler runs ahead with tiles alone.
+    next_sending, next_end = reaching_end(sending_ptr, decay_ptr, steps, CHUNK)
+    if HEADS == 2:
+        others_sending, others_end = reaching_end(sending_ptr, decay_ptr, second_steps, CHUNK)
     for c in range(n_chunks):
+        following = tl.minimum(c + 1, n_chunks - 1) * CHUNK
         B = group_tiles.load([b, c * CHUNK, 0]).reshape(CHUNK, N)
         _, _, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
+        sending, end = next_sending, next_end
+        next_sending, next_end = reaching_end(sending_ptr, decay_ptr, steps + following, CHUNK)
         state = _next_state(
-            x_tiles, state_tiles, decays, sources, b, c, head, H, n_chunks, padded, B, state, to_end, keep,
-            N, CHUNK, COLUMNS,
+            x_tiles, state_tiles, b, c, head, H, n_chunks, B, state, sending * to_end, tl.exp2(end) * keep,
+            N, CHUNK, COLUMNS, TURNED,
         )  # fmt: skip
         if HEADS == 2:
+            sending, end = others_sending, others_end
+            others_sending, others_end = reaching_end(sending_ptr, decay_ptr, second_steps + following, CHUNK)
             other = _next_state(
-                x_tiles, state_tiles, decays, sources, b, c, second, H, n_chunks, padded, B, other, to_end, keep,
-                N, CHUNK, COLUMNS,
+                x_tiles, state_tiles, b, c, second, H, n_chunks, B, other, sending * to_end, tl.exp2(end) * keep,
+                N, CHUNK, COLUMNS, TURNED,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _outputs(
     x_tiles, group_tiles, state_tiles, y_tiles, decay_ptr, source_ptr, D_ptr, seq_ptr, T, H, n_chunks, heads_each,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DOCS: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr, DOCS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * heads_each
     c = tl.program_id(1)
@@ -76,9 +95,9 @@ def _outputs(
     doc, from_before, _, _ = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
     visible = (l[:, None] >= l[None, :]) & (doc[:, None] == doc[None, :])
     scores = tl.where(visible, tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
-    for h in range(first, tl.minimum(first + heads_each, H)):
+    for h in tl.range(first, tl.minimum(first + heads_each, H), num_stages=STAGES):
         steps = (b.to(tl.int64) * H + h) * (n_chunks * CHUNK) + t
-        S = state_tiles.load([((b * n_chunks + c) * H + h) * N, 0])
+        S = load_state(state_tiles, (b * n_chunks + c) * H + h, N, COLUMNS, TURNED)
         x = x_tiles.load([b, t, h, 0]).reshape(CHUNK, COLUMNS)
         decay = tl.load(decay_ptr + steps + l)
         source = tl.load(source_ptr + steps + l)
@@ -89,15 +108,16 @@ def _outputs(
 
 
 def scan_states(mixed_btc: Tensor, steps: TimeSteps, *, heads: int, headdim: int, seq_idx_bt: Tensor | None) -> Tensor:
-    """The state before each chunk, shape b, chunk, h, n, p in mixed's dtype, of contiguous `mixed_btc` = [x | B | C]."""
+    """The state before each chunk, as `new_states` shapes it, in mixed's dtype, of contiguous `mixed_btc` = [x | B | C]."""
     b, t, width = mixed_btc.shape
     n = (width - heads * headdim) // 2
-    states = torch.empty(b, chunks_of(t), heads, n, headdim, dtype=mixed_btc.dtype, device=mixed_btc.device)
+    states = new_states(b, chunks_of(t), heads, n, headdim, like=mixed_btc)
     launch = walk_of("states", columns_of(headdim), mixed_btc.dtype, heads, b)
     _states[(triton.cdiv(heads, launch["HEADS"]), b)](
-        head_tiles(mixed_btc, heads, headdim), group_tiles(mixed_btc, n), state_tiles(states),
-        steps.decay, steps.source, seq_idx_bt, t, heads, chunks_of(t),
-        N=n, CHUNK=CHUNK, COLUMNS=columns_of(headdim), DOCS=seq_idx_bt is not None, **launch,
+        head_tiles(mixed_btc, heads, headdim), group_tiles(mixed_btc, n), state_tiles(states, headdim),
+        steps.decay, steps.sending, seq_idx_bt, t, heads, chunks_of(t),
+        N=n, CHUNK=CHUNK, COLUMNS=columns_of(headdim), TURNED=states_turned(headdim, states.dtype),
+        DOCS=seq_idx_bt is not None, **launch,
     )  # fmt: skip
     return states
 
@@ -117,10 +137,11 @@ def scan_outputs(
     n = (width - heads * headdim) // 2
     y = torch.empty(b, t, heads * headdim, dtype=mixed_btc.dtype, device=mixed_btc.device)
     each = heads_each(heads, chunks_of(t) * b)
+    launch = launch_of("outputs", columns_of(headdim), mixed_btc.dtype)
     _outputs[(triton.cdiv(heads, each), chunks_of(t), b)](
-        head_tiles(mixed_btc, heads, headdim), group_tiles(mixed_btc, n), state_tiles(states),
+        head_tiles(mixed_btc, heads, headdim), group_tiles(mixed_btc, n), state_tiles(states, headdim),
         head_tiles(y, heads, headdim), steps.decay, steps.source, D_h, seq_idx_bt, t, heads, chunks_of(t), each,
-        N=n, CHUNK=CHUNK, COLUMNS=columns_of(headdim), DOCS=seq_idx_bt is not None,
-        **launch_of("outputs", columns_of(headdim), mixed_btc.dtype),
+        N=n, CHUNK=CHUNK, COLUMNS=columns_of(headdim), TURNED=states_turned(headdim, states.dtype),
+        DOCS=seq_idx_bt is not None, STAGES=launch["num_stages"], **launch,
     )  # fmt: skip
     return y
