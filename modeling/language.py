@@ -46,28 +46,49 @@ class LanguageModel(Backbone):
         *,
         seq_idx_bt: Tensor | None = None,
         states: list[MixerState] | None = None,
+        embedded_md: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states, shape b t d in the compute dtype, of the submodel `widths`; `logits` turns them into scores.
 
         `tokens_bt` is int64 below cfg.vocab_size; `seq_idx_bt` (int32) keeps documents apart; `states`, one a layer, are
-        read and overwritten. All ranks of `tp` must call. Raises ValueError where `widths` does not fit the model.
+        read and overwritten; `embedded_md` is what `embed` says of the tokens, where the caller has it. All ranks of `tp`
+        must call. Raises ValueError where `widths` does not fit the model.
         """
         self.check_widths(widths)
         batch = tokens_bt.shape[0]
-        hidden_md = self.run_stack(self._embed(tokens_bt), widths, batch, seq_idx_bt=seq_idx_bt, states=states)
+        x_md = self.embed(tokens_bt) if embedded_md is None else embedded_md
+        hidden_md = self.run_stack(x_md, widths, batch, seq_idx_bt=seq_idx_bt, states=states)
         return self.tp.enter(hidden_md).unflatten(0, (batch, -1))
 
     def logits(self, hidden_btd: Tensor) -> Tensor:
         """Scores of this rank's vocabulary rows, float32, shape b t v; padding rows beyond cfg.vocab_size included."""
         return F.linear(hidden_btd, self.embedding.to(self.dtype)).float()
 
-    def _embed(self, tokens_bt: Tensor) -> Tensor:
-        if len(self.vocab) == self.cfg.n_vocab_rows:  # every id is this rank's: nothing to mask, nobody to sum with
+    def embed(self, tokens_bt: Tensor) -> Tensor:
+        """What every submodel begins with: the tokens' embeddings, float32, m as between mixers. All ranks of `tp` must call."""
+        rows_md = self._own_rows(tokens_bt)
+        return rows_md if self._holds_all_rows else self.tp.leave(rows_md)
+
+    def add_embedding_gradient(self, tokens_bt: Tensor, grad_md: Tensor) -> None:
+        """What backward through `embed` does with its result's gradient, without embedding again what other ranks hold. All
+        ranks of `tp` must call."""
+        with torch.enable_grad():
+            rows_md = self._own_rows(tokens_bt)
+        rows_md.backward(grad_md if self._holds_all_rows else self.tp.collect(grad_md))
+
+    @property
+    def _holds_all_rows(self) -> bool:
+        """Whether every id is this rank's: nothing to mask, nobody to sum with."""
+        return len(self.vocab) == self.cfg.n_vocab_rows
+
+    def _own_rows(self, tokens_bt: Tensor) -> Tensor:
+        """The embeddings that this rank holds, of all tokens; zeros for the others'."""
+        if self._holds_all_rows:
             return F.embedding(tokens_bt, self.embedding).flatten(0, 1)
         local_bt = tokens_bt - self.vocab.start
         mine_bt = (local_bt >= 0) & (local_bt < len(self.vocab))
         rows_btd = F.embedding(torch.where(mine_bt, local_bt, 0), self.embedding)
-        return self.tp.leave((rows_btd * mine_bt[..., None]).flatten(0, 1))
+        return (rows_btd * mine_bt[..., None]).flatten(0, 1)
 
     def initial_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """See Backbone."""

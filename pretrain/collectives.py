@@ -93,6 +93,12 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
     def of_mixers(what: str, operation: str, count: int, n_bytes: int, *, copied: bool = False) -> Collective:
         return Collective(what, operation, "tp", count, count * split, n_bytes, copied)
 
+    def of_embedding(what: str, operation: str) -> Collective:
+        """Made for a micro-batch's widest width alone where all of them share what is embedded."""
+        shared = cfg.parallel.keeps_gradients and cfg.draws_per_micro_batch == 1
+        count = cfg.grad_accum_steps(world_size) if shared else passes
+        return Collective(what, operation, "tp", 1, count, tokens * d * FLOAT)
+
     if cfg.parallel.sequence:
         rows = [
             of_mixers("inputs of mixers", "all-gather", again * layers, activation, copied=True),
@@ -103,15 +109,15 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
         ]
         if text:
             rows.append(of_a_pass("its gradient", "reduce-scatter", 1, activation))
-            rows.append(of_a_pass("embedded tokens, split", "reduce-scatter", 1, tokens * d * FLOAT))
-            rows.append(of_a_pass("their gradient", "all-gather", 1, tokens * d * FLOAT))
+            rows.append(of_embedding("embedded tokens, split", "reduce-scatter"))
+            rows.append(of_embedding("their gradient", "all-gather"))
     else:
         rows = [
             of_a_pass("outputs of mixers", "all-reduce", layers, activation),
             of_a_pass("gradients of inputs of mixers" + ", head" * head, "all-reduce", layers + head, activation),
         ]
         if text:
-            rows.append(of_a_pass("embedded tokens", "all-reduce", 1, tokens * d * FLOAT))
+            rows.append(of_embedding("embedded tokens", "all-reduce"))
     rows.append(of_mixers("gated norm, forward and backward", "all-reduce", (again + 1) * layers, tokens * FLOAT))
     if text:
         rows += _vocabulary(tokens, of_a_pass)

@@ -33,6 +33,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from modeling.backbone import Backbone
 from modeling.checkpoint_reader import EMA, KINDS
 from modeling.gathered_widths import GatheredWidths
+from modeling.language import LanguageModel
 from modeling.tensor_parallel import is_partial, layout_of
 from pretrain.config import RunConfig
 from pretrain.distributed import Mpu, Ranks
@@ -40,6 +41,7 @@ from pretrain.flat_update import FlatUpdate, alias_masters
 from pretrain.gradients import GradientBuffer
 from pretrain.optim import parameter_groups
 from pretrain.passes import GraphedPasses
+from pretrain.shared_embedding import SharedEmbedding
 
 NEVER_CLIP = 1e30
 """Norm bound that stands for no clipping: DeepSpeed computes the norm, and refuses a non-finite one, only under a bound."""
@@ -100,6 +102,10 @@ class Engine:
         self.gathered: GatheredWidths | None = None
         if cfg.gathered_heads:
             self.gathered = GatheredWidths(model.blocks, model.tp, cfg.gathered_heads)
+        self.embedding: SharedEmbedding | None = None
+        """Where the widths of a micro-batch may share their embedded tokens."""
+        if self.gradients is not None and isinstance(model, LanguageModel):
+            self.embedding = SharedEmbedding(model)
         self._make_optimizer_state()
         self._ema_decay = cfg.optim.ema_decay
         self._ema: dict[str, Tensor] = {}

@@ -63,7 +63,7 @@ class LanguageTask:
         self, engine: Engine, widths: LayerWidths, inputs: PassInputs, teacher: Tensor | None
     ) -> tuple[Loss, Tensor]:
         """See Task; a teacher is its final hidden states."""
-        hidden_btd = engine(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
+        hidden_btd = engine(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt, embedded_md=inputs.embedded_md)
         loss = next_token_loss(
             engine.model,
             hidden_btd,

@@ -79,6 +79,9 @@ def add_gradients(
     """
     task, teacher = task_of(cfg), None
     inputs_of = [task.inputs(batch) for batch in batches]
+    embedding = engine.embedding if len(batches) == 1 else None
+    if embedding is not None:
+        inputs_of = [inputs._replace(embedded_md=embedding.begin(inputs.tokens_bt)) for inputs in inputs_of]
     for i, width in enumerate(widths):
         inputs = inputs_of[i % len(batches)]
         inputs = inputs._replace(scale=torch.full_like(inputs.scale, width.weight / n_micro))
@@ -91,6 +94,8 @@ def add_gradients(
             loss, lesson = _pass(engine, width.layers, inputs, cfg, teacher, last=last and not after)
             if cfg.nesting.distill_weight and i == 0:
                 teacher = lesson.detach()
+        if embedding is not None and not after:
+            embedding.end(inputs.tokens_bt)
         if gathered is not None and last and after:
             gathered.start_return(above=max(max(narrower.layers) for narrower in after))
         yield width, loss

@@ -31,6 +31,8 @@ class PassInputs(NamedTuple):
     seq_idx_bt: Tensor | None
     scale: Tensor
     """What the loss is multiplied by before backward: float32, no dims."""
+    embedded_md: Tensor | None = None
+    """The embedded tokens where all widths share them: a leaf whose `.grad` all of them add to, at one address for good."""
 
 
 Pass = Callable[[LayerWidths, Any], Loss]
@@ -81,14 +83,15 @@ class GraphedPasses:
                 return self._run(widths, inputs)
         graph, fixed, loss = self._captured[key]
         for mine, given in zip(fixed, inputs, strict=True):
-            if mine is not None and given is not None:
+            if mine is not None and mine is not given:
                 mine.copy_(given)
         graph.replay()
         return loss
 
     def _capture(self, key: tuple[object, ...], widths: LayerWidths, inputs: Any) -> str | None:
         """Capture a pass; None, or why it cannot be."""
-        fixed = type(inputs)(*(None if x is None else x.clone() for x in inputs))
+        # A leaf is where it was, with its gradient: a clone would get one of its own.
+        fixed = type(inputs)(*(x if x is None or x.requires_grad else x.clone() for x in inputs))
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads (a loader that pins memory, a checkpoint being written) may call CUDA meanwhile.

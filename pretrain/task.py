@@ -47,7 +47,7 @@ class Task(Protocol):
         """This rank's validation batches, the same ones each time it is gone through. Every rank must call."""
 
     def inputs(self, batch: Any) -> Any:
-        """What a pass reads of a batch on the device: a named tuple of tensors, the last of them `scale`, a float32 one."""
+        """What a pass reads of a batch on the device: a named tuple of tensors, among them `scale`, a float32 one."""
 
     def loss(self, engine: Engine, widths: LayerWidths, inputs: Any, teacher: Tensor | None) -> tuple[Loss, Tensor]:
         """Forward of a submodel: its loss, and what it has for a narrower one to learn from."""
