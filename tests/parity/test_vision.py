@@ -233,5 +233,8 @@ def test_the_gpus_kernels_equal_plain_pytorch_with_drops(
         # bfloat16 rounds each activation at 2^-9; a per-head gradient adds thousands of terms of both signs.
         bound = 1e-4 if dtype == torch.float32 else 4e-2
         for name, expected in found[0].items():
+            if not expected.any():  # at width 8 the second block is dropped for all four images
+                assert not found[1][name].any(), f"{name}: not zero"
+                continue
             error = relative(found[1][name], expected)
             assert error < bound * (4 if name.endswith(("A_log", ".D", "dt_bias")) else 1), f"{name}: {error:.1e}"
