@@ -1,9 +1,9 @@
 """`--plan`: which layout of a run on so many GPUs is fastest, estimated from measured kernel rates and stated link speeds.
 
 A step's time on a rank is its arithmetic, its memory-bound kernels and the collectives that wait for each other, never less
-than what the host needs to launch what is no CUDA graph. The rates were measured on one H100 (docs/benchmarks), the update's
-on an H200; another GPU's are scaled by its datasheet. The link terms were checked on four GPUs of one host, none between nodes:
-the plan says so.
+than what the host needs to launch what is no CUDA graph. The rates are an H100's (docs/benchmarks; the scan's lies between its
+record and an H200's of newer kernels), the update's an H200's; another GPU's are scaled by its datasheet. The link terms were
+checked on four GPUs of one host, none between nodes: the plan says so.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ BEFORE_HOPPER = frozenset({"A100"})
 """Where mamba-ssm's scan runs instead of our kernels (modeling.ops.kernels.OLDEST_GPU)."""
 PRODUCT_FLOP_S = 730e12
 """bf16 matrix products at the models' shapes: 719 at 130M, 758 at 1.4B."""
-CHANNEL_S, HEAD_S = 20e-12, 500e-12
+CHANNEL_S, HEAD_S = 17e-12, 500e-12
 """Scan, convolution and gated norm, forward and backward: seconds a channel and token are the first plus the second over
-headdim. 130M (24): 42e-12; 1.4B (64): 29e-12."""
+headdim. 130M (24): 38e-12; 1.4B (64): 25e-12."""
 STATES_SHARE, FORWARD_SHARE = 0.08, 0.3
 """Of that, what computing the scan's states takes, and all of forward (of the norms too), which recomputation does again."""
 RESIDUAL_S = 10e-12

@@ -48,7 +48,7 @@ LAUNCH: dict[str, dict[int, dict[str, int]]] = {
     "group_gradients": {32: {"num_warps": 4, "num_stages": 3, "maxnreg": 128}, 64: {"num_warps": 4, "num_stages": 3}},
 }
 """How each kernel is launched, by the width of its tile; HEADS are those that one program walks side by side. Fixed, so that
-no run starts by tuning; the best of a sweep over warps, stages, heads and register limits on an H100. Other GPUs search
+no run starts by tuning; the best of sweeps over warps, stages, heads and register limits on an H100 and an H200. Other GPUs search
 theirs with modeling.ops.kernels.tune. Where documents are told apart, walks would take a few registers over 128, of which a
 multiprocessor has enough for four programs, and do without them if told to."""
 MULTIPROCESSORS = 132
@@ -90,9 +90,9 @@ def heads_each(heads: int, chunks: int) -> int:
 
 
 def heads_shared(heads: int, chunks: int) -> int:
-    """As `heads_each`, where each program fills a multiprocessor, and what the programs of a chunk leave is added up after.
+    """As `heads_each`, where a chunk's two programs, of B and of C, fill a multiprocessor, and what shares leave is added up after.
 
-    One program takes them all but where chunks would leave half of the multiprocessors idle: adding up costs a launch.
+    One share has them all but where chunks would leave half of the multiprocessors idle: adding up costs a launch.
     """
     wanted = max(1, min(MULTIPROCESSORS // chunks, heads // LEAST_SHARE))
     return triton.cdiv(heads, wanted)
