@@ -21,8 +21,9 @@ from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, states_turn
 
 HEADS_AT_ONCE = 16
 SIZES = ["T", "H", "n_chunks", "heads_each", "parts"]
-"""Arguments that no kernel of the scan is compiled anew for: each width would have binaries of its own, and where there was one
-head a program, ptxas (of Triton 3.6) gave dS's descriptor an address for its upper half, of tiles of 16 and 32 channels."""
+"""Arguments whose values the kernels that multiply are not compiled anew for. Each width would have binaries of its own, and in
+that for one head a program ptxas (of Triton 3.6) filled the upper half of dS's descriptor with its address, for tiles of 16 and
+32 channels."""
 SMALLEST = tl.constexpr(2.0**-126)
 REACH = tl.constexpr(24.0)
 """Bound of log2(delta) and of how far a step reaches: it keeps the exponents of steps that must not meet finite, whose
