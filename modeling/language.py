@@ -70,8 +70,8 @@ class LanguageModel(Backbone):
         return rows_md if self._holds_all_rows else self.tp.leave(rows_md)
 
     def add_embedding_gradient(self, tokens_bt: Tensor, grad_md: Tensor) -> None:
-        """What backward through `embed` does with its result's gradient, without embedding again what other ranks hold. All
-        ranks of `tp` must call."""
+        """Add what backward through `embed` would, given its result's gradient, without its sum over ranks again. All ranks of
+        `tp` must call."""
         with torch.enable_grad():
             rows_md = self._own_rows(tokens_bt)
         rows_md.backward(grad_md if self._holds_all_rows else self.tp.collect(grad_md))

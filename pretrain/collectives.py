@@ -33,7 +33,8 @@ class Collective:
     over: str
     """tp or dp: the ranks that take part."""
     per_pass: int
-    """Calls in a pass that makes any: mixers' in one of a width that is split by heads. 0 where it is made once a step."""
+    """Calls in a pass that makes any: mixers' in one of a width that is split by heads, a shared embedding's in a micro-batch's
+    first or last. 0 where it is made once a step."""
     per_step: int
     """Calls in a step."""
     n_bytes: int
@@ -94,9 +95,8 @@ def _over_tp(cfg: RunConfig, world_size: int, compute_bytes: int) -> list[Collec
         return Collective(what, operation, "tp", count, count * split, n_bytes, copied)
 
     def of_embedding(what: str, operation: str) -> Collective:
-        """Made for a micro-batch's widest width alone where all of them share what is embedded."""
-        shared = cfg.parallel.keeps_gradients and cfg.draws_per_micro_batch == 1
-        count = cfg.grad_accum_steps(world_size) if shared else passes
+        """Once a micro-batch where its widths share what is embedded, else once a pass."""
+        count = cfg.grad_accum_steps(world_size) if cfg.shares_embedding else passes
         return Collective(what, operation, "tp", 1, count, tokens * d * FLOAT)
 
     if cfg.parallel.sequence:

@@ -160,6 +160,11 @@ class RunConfig:
         return 3 if self.nesting.rule == "sandwich" else len(self.model.widths)
 
     @property
+    def shares_embedding(self) -> bool:
+        """Whether the widths of a micro-batch share its embedded tokens, made once for all (pretrain.shared_embedding)."""
+        return False
+
+    @property
     def samples_per_step(self) -> int:
         """Samples that a step takes from the data over all ranks, whichever widths see them."""
         return self.data.sequences_per_step * self.draws_per_micro_batch
@@ -204,6 +209,11 @@ class LanguageRunConfig(RunConfig):
         """See RunConfig."""
         tokens, length = self.data.tokens_per_step, self.data.seq_len
         return f"data.tokens_per_step={tokens} is {self.data.sequences_per_step} sequences of {length}"
+
+    @property
+    def shares_embedding(self) -> bool:
+        """See RunConfig."""
+        return self.parallel.keeps_gradients and self.draws_per_micro_batch == 1
 
     def training_flops(self, widths: LayerWidths) -> int:
         """See RunConfig."""

@@ -103,8 +103,9 @@ class Engine:
         if cfg.gathered_heads:
             self.gathered = GatheredWidths(model.blocks, model.tp, cfg.gathered_heads)
         self.embedding: SharedEmbedding | None = None
-        """Where the widths of a micro-batch may share their embedded tokens."""
-        if self.gradients is not None and isinstance(model, LanguageModel):
+        """Where the widths of a micro-batch share their embedded tokens."""
+        if cfg.shares_embedding:
+            assert isinstance(model, LanguageModel)
             self.embedding = SharedEmbedding(model)
         self._make_optimizer_state()
         self._ema_decay = cfg.optim.ema_decay

@@ -65,7 +65,7 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
         "block": (layer.inputs, all_of),
     }[cfg.parallel.activation_checkpointing]
     # The embedded tokens, and their gradient where widths share them.
-    embedded = 2 if cfg.parallel.keeps_gradients and isinstance(cfg.model, LanguageConfig) else 1
+    embedded = 2 if cfg.shares_embedding else 1
     activations = cfg.model.n_layers * kept + embedded * between * cfg.model.d_model * FLOAT
     weight_gradients = 0 if cfg.parallel.keeps_gradients else layer.weight_gradients
     in_backward = max(_ends_bytes(cfg, tp), layer.backward + again + weight_gradients)

@@ -79,7 +79,7 @@ def add_gradients(
     """
     task, teacher = task_of(cfg), None
     inputs_of = [task.inputs(batch) for batch in batches]
-    embedding = engine.embedding if len(batches) == 1 else None
+    embedding = engine.embedding
     if embedding is not None:
         inputs_of = [inputs._replace(embedded_md=embedding.begin(inputs.tokens_bt)) for inputs in inputs_of]
     for i, width in enumerate(widths):

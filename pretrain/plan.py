@@ -46,7 +46,8 @@ RESIDUAL_S = 10e-12
 VOCABULARY_S = 2.1e-12
 """Softmax statistics and gradient, a token and vocabulary row."""
 PARAMETER_S, OUTSIDE_S = 4e-12, 20e-12
-"""Casts and gradient sums a parameter and pass; embedding and loss a d_model channel and token."""
+"""Casts and gradient sums a parameter and pass; embedding and loss a d_model channel and token and width (the embedding, a small
+part of it, is a micro-batch's now)."""
 WIDTH_USED = 0.4
 """What these kernels gain of a wider memory: on an H200, 1.43 times as wide, they took 0.85 of the H100's time. What else they
 do, exponentials and sums over a tile, is as fast on both."""
@@ -276,7 +277,7 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
     )
     scaled = "" if cluster.gpu == MEASURED_ON else f", scaled to {cluster.gpu} by datasheets"
     console.print(
-        f"assumed: {MEASURED_ON} rates measured on one GPU{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s, "
+        f"assumed: rates of one {MEASURED_ON}, the scan's fitted to newer kernels{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s, "
         f"at most {HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
         f"{LATENCY_S * 1e6:.0f} us a collective, none counted as hidden; {RESERVED_GIB:.0f} GiB reserved. "

@@ -16,7 +16,7 @@ def language_pass(model: LanguageModel) -> Pass:
     """Adds the gradients of scale * next-token loss."""
 
     def run(widths: LayerWidths, inputs: PassInputs) -> Loss:
-        hidden_btd = model(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt)
+        hidden_btd = model(inputs.tokens_bt, widths, seq_idx_bt=inputs.seq_idx_bt, embedded_md=inputs.embedded_md)
         loss = next_token_loss(model, hidden_btd, inputs.targets_bt)
         (loss.total * inputs.scale).backward()
         return Loss(loss.total.detach(), loss.cross_entropy)

@@ -73,8 +73,8 @@ def calls_of_a_step(cfg: RunConfig) -> Calls:
     accumulation = cfg.grad_accum_steps(ranks.world_size)
     with Recorder(ranks) as recorder:
         for micro in range(accumulation):
-            batch = batch_of(cfg)
-            for _ in add_gradients(engine, [batch], widths, cfg, n_micro=accumulation, last=micro == accumulation - 1):
+            batches = [batch_of(cfg) for _ in range(cfg.draws_per_micro_batch)]
+            for _ in add_gradients(engine, batches, widths, cfg, n_micro=accumulation, last=micro == accumulation - 1):
                 pass
         engine.step(1e-3)
     return recorder.calls
@@ -97,6 +97,11 @@ def calls_of_a_step(cfg: RunConfig) -> Calls:
 def test_the_listed_collectives_are_those_that_are_made(world_size: int, parallel: dict[str, Any]) -> None:
     # mix_rate 1: the narrower width runs as a mix in every step, and must cost the same.
     compare(small_run(parallel=parallel, nesting={"mix_rate": 1.0}), world_size)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_widths_that_draw_tokens_of_their_own_embed_them(sequence: bool) -> None:
+    compare(small_run(parallel={"tensor": 2, "sequence": sequence}, nesting={"draw": "separate"}), 2)
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

@@ -52,6 +52,7 @@ SMALL = [
     Case(heads=3, headdim=48, d_state=16, t=1, width=2),
     Case(heads=3, headdim=16, d_state=16, t=131, width=3, documents=True),
     Case(heads=4, headdim=32, d_state=16, t=70, width=2, ranks=2),
+    Case(heads=3, headdim=56, d_state=32, t=130, width=3, documents=True),
     Case(heads=17, headdim=8, d_state=16, t=70, width=17, documents=True),  # so many that programs share them
 ]
 LARGE = [
@@ -67,6 +68,9 @@ LARGE = [
         # So few chunks that programs of the loops over heads have one each, of all widths of tiles.
         (16, 197, 64, False),
         (32, 197, 64, False),
+        # States that lie as p x n in tiles of 64.
+        (40, 500, 32, True),
+        (56, 1023, 64, False),
     ]
 ]
 

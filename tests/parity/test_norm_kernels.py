@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from modeling.ops.dropout import dropped_float
+from modeling.ops.kernels import residual_norm
 from modeling.ops.norm import add_norm_fused, layer_norm, rms_norm
-from tests.parity.kernel_checks import DEVICE, LOW, assert_close, poison, some_drop
+from tests.parity.kernel_checks import DEVICE, GPU, LOW, assert_close, poison, some_drop
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
@@ -60,6 +61,23 @@ def test_residual_norm_equals_the_plain_one(
         return {"total": total.detach(), "out": out.detach(), **grads}  # type: ignore[dict-item]
 
     assert_close(run(fused=True), run(fused=False), dtype)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 13, 48), (2, 9, 300), pytest.param((9, 400, 1024), marks=pytest.mark.gpu)],
+    ids=str,
+)
+def test_programs_of_backward_walk_over_many_rows(
+    shape: tuple[int, ...], layer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as a micro-batch has: rows are loaded ahead, and the weight's gradient adds up in each program."""
+    if shape[-1] == 1024 and not GPU:
+        pytest.skip("a real shape: waits for a CUDA GPU")
+    if shape[-1] < 1024:
+        monkeypatch.setattr(residual_norm, "THREADS", 256)
+    test_residual_norm_equals_the_plain_one(shape, True, layer, None, LOW)
 
 
 def test_a_norm_weight_of_almost_nothing_is_divided_by_and_one_of_zero_hides_its_channel() -> None:

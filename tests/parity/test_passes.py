@@ -17,6 +17,7 @@ from pretrain.config_io import config_from_dict
 from pretrain.config_sections import ConfigError
 from pretrain.gradients import GradientBuffer
 from pretrain.passes import GraphedPasses, Pass, PassInputs, why_launched
+from pretrain.shared_embedding import SharedEmbedding
 from pretrain.vision_task import VisionInputs
 from tests.passes import classifier_pass, language_pass
 
@@ -65,17 +66,25 @@ def test_gradients_in_place_are_those_of_autograd() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_replayed_passes_are_the_launched_ones_bit_for_bit(documents: bool) -> None:
+def test_replayed_passes_are_the_launched_ones_bit_for_bit(documents: bool, shared: bool) -> None:
     (launched_model, launched), (replayed_model, run) = model_and_pass(in_place=True), model_and_pass(in_place=True)
     replayed = GraphedPasses(run)
+    embeddings = [SharedEmbedding(model) for model in (launched_model, replayed_model)] if shared else []
     mix = (16, 4, 8)
     for seed in range(4):  # launched, captured, replayed, replayed
+        inputs = inputs_of(seed, documents=documents)
+        leaves = [embedding.begin(inputs.tokens_bt) for embedding in embeddings] or [None, None]
         for widths in (*map(CFG.layer_widths, CFG.widths), mix):
-            inputs = inputs_of(seed, documents=documents)
-            expected, found = launched(widths, inputs), replayed(widths, inputs)
+            expected, found = (
+                each(widths, inputs._replace(embedded_md=leaf))
+                for each, leaf in zip((launched, replayed), leaves, strict=True)
+            )
             assert torch.equal(expected.total, found.total), (seed, widths)
             assert torch.equal(expected.cross_entropy, found.cross_entropy), (seed, widths)
+        for embedding in embeddings:
+            embedding.end(inputs.tokens_bt)
         for name, gradient in gradients(launched_model).items():
             assert torch.equal(gradient, gradients(replayed_model)[name]), (seed, name)
 

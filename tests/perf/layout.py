@@ -56,7 +56,7 @@ def build(cfg: RunConfig, ranks: Ranks, tp: TensorParallel, *, in_place_gradient
 
 
 def micro_batch(model: Any, head: LanguageModel, ids: Tensor, backward: Callable[[Tensor, bool], None]) -> None:
-    """Forward and backward of every width."""
+    """Forward and backward of every width, each of which embeds for itself, on every side."""
     widths = head.cfg.widths
     for i, n_heads in enumerate(widths):
         loss = next_token_loss(head, model(ids[:, :-1], head.cfg.layer_widths(n_heads)), ids[:, 1:])

@@ -46,7 +46,7 @@ def cluster(nodes: int, gpus: int, gpu: str = "H200", network_gb_s: float = 45.0
 
 @pytest.mark.parametrize("row", ALONE, ids=lambda row: f"{row['model']} {row['activation_checkpointing']}")
 def test_one_gpu_is_predicted_as_measured(row: dict[str, Any]) -> None:
-    """The passes of a micro-batch; the record has no optimizer in it."""
+    """The passes of a micro-batch; the record has no optimizer in it, and each of its widths embeds for itself."""
     cfg = config(row["model"])
     mode, micro_batch = row["activation_checkpointing"], cfg.data.micro_batch
     cfg = replace(
@@ -176,7 +176,7 @@ def test_the_command_prints_a_ranking_and_what_it_assumed(capsys: pytest.Capture
     for expected in (
         "layouts fit",
         "fastest: parallel.tensor=",
-        "assumed: H100 rates",
+        "assumed: rates of one H100",
         "between nodes have not been checked",
     ):
         assert expected in printed

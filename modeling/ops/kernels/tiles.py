@@ -48,9 +48,9 @@ LAUNCH: dict[str, dict[int, dict[str, int]]] = {
     "group_gradients": {32: {"num_warps": 4, "num_stages": 3, "maxnreg": 128}, 64: {"num_warps": 4, "num_stages": 3}},
 }
 """How each kernel is launched, by the width of its tile; HEADS are those that one program walks side by side. Fixed, so that
-no run starts by tuning; the best of sweeps over warps, stages, heads and register limits on an H100 and an H200. Other GPUs search
-theirs with modeling.ops.kernels.tune. Where documents are told apart, walks would take a few registers over 128, of which a
-multiprocessor has enough for four programs, and do without them if told to."""
+no run starts by tuning; the best of sweeps over warps, stages, heads and register limits on an H100 and an H200. Other GPUs
+search theirs with modeling.ops.kernels.tune. With 128 registers a multiprocessor has enough for four programs: where documents
+are told apart, walks would take a few more, and do without if told to."""
 MULTIPROCESSORS = 132
 """An H200's."""
 PROGRAMS_WANTED = MULTIPROCESSORS * 16
@@ -59,7 +59,8 @@ PROGRAMS_WANTED = MULTIPROCESSORS * 16
 WALKS_WANTED = MULTIPROCESSORS * 3
 """Programs that walk sequences and run at once."""
 LEAST_SHARE = 8
-"""Heads that a program should have if their sum is to be added to others': 26 us on an H200, adding up 6."""
+"""Heads that a program should have if their sum is to be added to others': with one program for B and C those took 26 us on an
+H200, adding up 6."""
 
 
 FULL_ENOUGH = 32
@@ -90,9 +91,9 @@ def heads_each(heads: int, chunks: int) -> int:
 
 
 def heads_shared(heads: int, chunks: int) -> int:
-    """As `heads_each`, where a chunk's two programs, of B and of C, fill a multiprocessor, and what shares leave is added up after.
+    """As `heads_each`, where a chunk has two programs, for B and for C, and what shares leave is added up after.
 
-    One share has them all but where chunks would leave half of the multiprocessors idle: adding up costs a launch.
+    One share has them all but where those do not give every multiprocessor two programs, twice over: adding up costs a launch.
     """
     wanted = max(1, min(MULTIPROCESSORS // chunks, heads // LEAST_SHARE))
     return triton.cdiv(heads, wanted)

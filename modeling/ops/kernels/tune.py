@@ -41,6 +41,7 @@ CANDIDATES: dict[str, list[Settings]] = {
                 (0, 8, 2, {}),
                 (0, 8, 3, {}),
                 (0, 4, 2, {"maxnreg": 168}),
+                (0, 4, 3, {"maxnreg": 128}),
             ]
         )
     ]
