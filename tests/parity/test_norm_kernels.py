@@ -76,7 +76,7 @@ def test_programs_of_backward_walk_over_many_rows(
     if shape[-1] == 1024 and not GPU:
         pytest.skip("a real shape: waits for a CUDA GPU")
     if shape[-1] < 1024:
-        monkeypatch.setattr(residual_norm, "THREADS", 256)
+        monkeypatch.setattr(residual_norm, "THREADS", 512)
     test_residual_norm_equals_the_plain_one(shape, True, layer, None, LOW)
 
 

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from modeling.ops.kernels.dropout import ChannelDrop, drop_arguments, dropped
 from modeling.ops.kernels.fast_math import sigmoid
-
-THREADS = 132 * 2048
-"""What an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
-BYTES_AHEAD = 2**16
-"""Shared memory that backward may fill with the rows to come."""
+from modeling.ops.kernels.rows import THREADS, row_tiles, stages_of
 
 
 @triton.jit
@@ -138,18 +134,12 @@ def _gated_backward(
     tl.store(grad_weight_ptr + tl.program_id(0) * I + column, grad_weight, mask=column < I)
 
 
-def _shape(rows: int, channels: int) -> tuple[int, dict[str, int]]:
-    block = triton.next_power_of_2(channels)
-    each = max(1, 256 // block)
-    return triton.cdiv(rows, each), {"ROWS": each, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
-
-
 def square_sums(y_bti: Tensor, z_bti: Tensor, drop: ChannelDrop | None = None) -> Tensor:
     """Sum of u^2 over the local channels, float32, shape b t. `y_bti` is contiguous, `z_bti` may be a slice. `drop` says here
     as below which entries of z are dropped."""
     b, t, i = y_bti.shape
     sums = torch.empty(b, t, dtype=torch.float32, device=y_bti.device)
-    programs, shape = _shape(b * t, i)
+    programs, shape = row_tiles(b * t, i)
     pointers, flags = drop_arguments(drop)
     _gated_square_sums[(programs,)](y_bti, z_bti, z_bti.stride(1), sums, b * t, i, *pointers, **shape, **flags)
     return sums
@@ -169,7 +159,7 @@ def gated_norm_forward(
     b, t, i = y_bti.shape
     out = torch.empty_like(y_bti)
     sums = torch.empty(b, t, dtype=torch.float32, device=y_bti.device) if total_bt is None else total_bt
-    programs, shape = _shape(b * t, i)
+    programs, shape = row_tiles(b * t, i)
     pointers, flags = drop_arguments(drop)
     _gated_forward[(programs,)](
         y_bti, z_bti, z_bti.stride(1), weight_i, sums, out, b * t, i, n_channels, eps, *pointers,
@@ -184,7 +174,7 @@ def row_dots(
     """Sum over the local channels of grad w u, float32, shape b t."""
     b, t, i = y_bti.shape
     dots = torch.empty(b, t, dtype=torch.float32, device=y_bti.device)
-    programs, shape = _shape(b * t, i)
+    programs, shape = row_tiles(b * t, i)
     pointers, flags = drop_arguments(drop)
     _gated_row_dots[(programs,)](
         grad_bti, y_bti, z_bti, z_bti.stride(1), weight_i, dots, b * t, i, *pointers, **shape, **flags
@@ -212,10 +202,10 @@ def gated_norm_backward(
     """
     b, t, i = y_bti.shape
     grad_y = torch.empty_like(y_bti)
-    blocks, shape = _shape(b * t, i)
+    blocks, shape = row_tiles(b * t, i)
+    # As many as run at once: each walks over rows and keeps the weight's gradient.
     programs = min(blocks, THREADS // (32 * shape["num_warps"]))
-    row_bytes = 3 * shape["BLOCK"] * y_bti.element_size()
-    stages = max(1, min(4, BYTES_AHEAD // row_bytes + 1))
+    stages = stages_of(3 * shape["BLOCK"] * y_bti.element_size(), most=4)
     grad_weight = torch.empty(programs, i, dtype=torch.float32, device=y_bti.device)
     pointers, flags = drop_arguments(drop)
     # The mask takes 145 registers where there are none too many with 128, of which a multiprocessor has enough for 16 warps.

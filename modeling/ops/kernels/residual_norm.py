@@ -15,14 +15,9 @@ from torch import Tensor
 
 from modeling.ops.kernels.dropout import dropped
 from modeling.ops.kernels.row_sums import sum_rows
+from modeling.ops.kernels.rows import THREADS, row_tiles, stages_of
 
 SMALLEST = tl.constexpr(1e-30)
-THREADS = 132 * 1024
-"""Half of what an H200 holds at once. Backward starts as many, each program walks over rows and keeps the weight's gradient."""
-ROWS_AT_ONCE = 3
-"""Rows that a program of backward has under way: it waits for all its warps twice a row, and memory would wait with it."""
-BYTES_AHEAD = 2**17
-"""Shared memory that those may fill."""
 BranchDrop = tuple[Tensor, Tensor, int, int, int]
 """key_b, scale_b, threshold, n_tokens, first_row of modeling.ops.dropout.Drop."""
 
@@ -103,12 +98,6 @@ def _residual_backward(
         tl.store(grad_bias_ptr + tl.program_id(0) * width + column, grad_bias, mask=column < width)
 
 
-def _shape(rows: int, width: int) -> tuple[int, dict[str, int]]:
-    block = triton.next_power_of_2(width)
-    each = max(1, 256 // block)
-    return triton.cdiv(rows, each), {"ROWS": each, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
-
-
 def _drop_arguments(drop: BranchDrop | None) -> tuple[list[Tensor | int | None], dict[str, int | bool]]:
     if drop is None:
         return [None, None, 1, 0], {"DROP": False, "THRESHOLD": 0}
@@ -134,7 +123,7 @@ def residual_norm_forward(
     out = torch.empty(x_md.shape, dtype=dtype, device=x_md.device)
     scale = torch.empty(x_md.shape[:-1], dtype=torch.float32, device=x_md.device)
     mean = None if bias_d is None else torch.empty_like(scale)
-    programs, shape = _shape(n_tokens, d)
+    programs, shape = row_tiles(n_tokens, d)
     pointers, flags = _drop_arguments(drop)
     _residual_forward[(programs,)](
         x_md, branch_md, weight_d, bias_d, total, out, mean, scale, n_tokens, d, eps, *pointers,
@@ -165,11 +154,13 @@ def residual_norm_backward(
     grad_branch = (
         None if branch_dtype is None else torch.empty(kept_md.shape, dtype=branch_dtype, device=kept_md.device)
     )
-    blocks, shape = _shape(n_tokens, d)
+    blocks, shape = row_tiles(n_tokens, d)
     shape["num_warps"] = min(16, 2 * shape["num_warps"])
-    programs = min(blocks, THREADS // (32 * shape["num_warps"]))
-    row_bytes = shape["ROWS"] * shape["BLOCK"] * (grad_md.element_size() + kept_md.element_size() + 4)
-    stages = max(1, min(ROWS_AT_ONCE, BYTES_AHEAD // row_bytes))
+    # Half of what runs at once: each walks over rows and keeps the weight's gradient. It waits for all its warps twice a row,
+    # and memory would wait with it if other rows were not under way.
+    programs = min(blocks, THREADS // (2 * 32 * shape["num_warps"]))
+    number_bytes = grad_md.element_size() + kept_md.element_size() + grad_x.element_size()
+    stages = stages_of(shape["ROWS"] * shape["BLOCK"] * number_bytes, most=3)
     grad_weight = torch.empty(programs, d, dtype=torch.float32, device=kept_md.device)
     grad_bias = None if mean_m is None else torch.empty_like(grad_weight)
     pointers, flags = _drop_arguments(drop)

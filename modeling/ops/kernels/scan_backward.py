@@ -32,12 +32,13 @@ from modeling.ops.kernels.fast_math import exp, rounded
 from modeling.ops.kernels.scan_common import (
     SIZES,
     TimeSteps,
+    chunk_decays,
     chunk_documents,
     group_tiles,
     head_tiles,
     load_state,
     reach,
-    reaching_end,
+    scan_constants,
     state_tiles,
     store_state,
 )
@@ -48,7 +49,6 @@ from modeling.ops.kernels.tiles import (
     heads_each,
     heads_shared,
     launch_of,
-    states_turned,
     walk_of,
 )
 
@@ -78,23 +78,23 @@ def _state_gradients(
     other = dS
     last = (n_chunks - 1) * CHUNK
     # A chunk early, as in scan_forward.
-    next_decay, next_end = reaching_end(decay_ptr, decay_ptr, steps + last, CHUNK)
+    next_decay, next_end = chunk_decays(decay_ptr, decay_ptr, steps + last, CHUNK)
     if HEADS == 2:
-        others_decay, others_end = reaching_end(decay_ptr, decay_ptr, second_steps + last, CHUNK)
+        others_decay, others_end = chunk_decays(decay_ptr, decay_ptr, second_steps + last, CHUNK)
     for i in range(n_chunks):
         c = n_chunks - 1 - i
         following = tl.maximum(c - 1, 0) * CHUNK
         C = group_tiles.load([b, c * CHUNK, N]).reshape(CHUNK, N)
         _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
         decay, end = next_decay, next_end
-        next_decay, next_end = reaching_end(decay_ptr, decay_ptr, steps + following, CHUNK)
+        next_decay, next_end = chunk_decays(decay_ptr, decay_ptr, steps + following, CHUNK)
         dS = _previous_gradient(
             dy_tiles, grad_state_tiles, b, c, head, H, n_chunks, C, dS, tl.exp2(decay) * from_before, tl.exp2(end) * keep,
             N, CHUNK, COLUMNS, TURNED,
         )  # fmt: skip
         if HEADS == 2:
             decay, end = others_decay, others_end
-            others_decay, others_end = reaching_end(decay_ptr, decay_ptr, second_steps + following, CHUNK)
+            others_decay, others_end = chunk_decays(decay_ptr, decay_ptr, second_steps + following, CHUNK)
             other = _previous_gradient(
                 dy_tiles, grad_state_tiles, b, c, second, H, n_chunks, C, other, tl.exp2(decay) * from_before,
                 tl.exp2(end) * keep, N, CHUNK, COLUMNS, TURNED,
@@ -321,8 +321,7 @@ def scan_backward(
     b, t, width = mixed_btc.shape
     h, n_chunks, columns, dtype = heads, chunks_of(t), columns_of(headdim), mixed_btc.dtype
     n = (width - h * headdim) // 2
-    turned, docs = states_turned(headdim, dtype), seq_idx_bt is not None
-    shape = {"N": n, "CHUNK": CHUNK, "COLUMNS": columns, "TURNED": turned, "DOCS": docs}
+    shape = scan_constants(n, headdim, dtype, seq_idx_bt)
     grad_states, grad_mixed = torch.empty_like(states), torch.empty_like(mixed_btc)
     x, group, dy = head_tiles(mixed_btc, h, headdim), group_tiles(mixed_btc, n), head_tiles(grad_y_bti, h, headdim)
     S, dS, grad_group = state_tiles(states, headdim), state_tiles(grad_states, headdim), group_tiles(grad_mixed, n)

@@ -84,9 +84,9 @@ def reach(decay_l, source_s):
 
 
 @triton.jit
-def reaching_end(sending_ptr, decay_ptr, steps, CHUNK: tl.constexpr):
-    """Of the chunk and head whose first step is at `steps`: `sending`, and the chunk's last decay."""
-    return tl.load(sending_ptr + steps + tl.arange(0, CHUNK)), tl.load(decay_ptr + steps + CHUNK - 1)
+def chunk_decays(row_ptr, decay_ptr, steps, CHUNK: tl.constexpr):
+    """Of the chunk and head whose first step is at `steps`: what `row_ptr` has of each step, and the chunk's last decay."""
+    return tl.load(row_ptr + steps + tl.arange(0, CHUNK)), tl.load(decay_ptr + steps + CHUNK - 1)
 
 
 @triton.jit
@@ -153,6 +153,17 @@ def state_tiles(states: Tensor, headdim: int) -> TensorDescriptor:
     n, columns = states[0, 0, 0].numel() // headdim, columns_of(headdim)
     tile = [columns, n] if states_turned(headdim, states.dtype) else [n, columns]
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, *tile])
+
+
+def scan_constants(n: int, headdim: int, dtype: torch.dtype, seq_idx_bt: Tensor | None) -> dict[str, int | bool]:
+    """What all kernels that multiply are compiled for."""
+    return {
+        "N": n,
+        "CHUNK": CHUNK,
+        "COLUMNS": columns_of(headdim),
+        "TURNED": states_turned(headdim, dtype),
+        "DOCS": seq_idx_bt is not None,
+    }
 
 
 def time_steps(dt_bth: Tensor, dt_bias_h: Tensor, A_log_h: Tensor, drop: ChannelDrop | None = None) -> TimeSteps:

@@ -20,17 +20,18 @@ from torch import Tensor
 from modeling.ops.kernels.scan_common import (
     SIZES,
     TimeSteps,
+    chunk_decays,
     chunk_documents,
     group_tiles,
     head_tiles,
     load_state,
     new_states,
     reach,
-    reaching_end,
+    scan_constants,
     state_tiles,
     store_state,
 )
-from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, launch_of, states_turned, walk_of
+from modeling.ops.kernels.tiles import chunks_of, columns_of, heads_each, launch_of, walk_of
 
 
 @triton.jit
@@ -57,22 +58,22 @@ def _states(
     state = tl.zeros([N, COLUMNS], tl.float32)
     other = state
     # What decays is loaded a chunk early: the walk waits for it otherwise, and the compiler runs ahead with tiles alone.
-    next_sending, next_end = reaching_end(sending_ptr, decay_ptr, steps, CHUNK)
+    next_sending, next_end = chunk_decays(sending_ptr, decay_ptr, steps, CHUNK)
     if HEADS == 2:
-        others_sending, others_end = reaching_end(sending_ptr, decay_ptr, second_steps, CHUNK)
+        others_sending, others_end = chunk_decays(sending_ptr, decay_ptr, second_steps, CHUNK)
     for c in range(n_chunks):
         following = tl.minimum(c + 1, n_chunks - 1) * CHUNK
         B = group_tiles.load([b, c * CHUNK, 0]).reshape(CHUNK, N)
         _, _, to_end, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
         sending, end = next_sending, next_end
-        next_sending, next_end = reaching_end(sending_ptr, decay_ptr, steps + following, CHUNK)
+        next_sending, next_end = chunk_decays(sending_ptr, decay_ptr, steps + following, CHUNK)
         state = _next_state(
             x_tiles, state_tiles, b, c, head, H, n_chunks, B, state, sending * to_end, tl.exp2(end) * keep,
             N, CHUNK, COLUMNS, TURNED,
         )  # fmt: skip
         if HEADS == 2:
             sending, end = others_sending, others_end
-            others_sending, others_end = reaching_end(sending_ptr, decay_ptr, second_steps + following, CHUNK)
+            others_sending, others_end = chunk_decays(sending_ptr, decay_ptr, second_steps + following, CHUNK)
             other = _next_state(
                 x_tiles, state_tiles, b, c, second, H, n_chunks, B, other, sending * to_end, tl.exp2(end) * keep,
                 N, CHUNK, COLUMNS, TURNED,
@@ -116,8 +117,7 @@ def scan_states(mixed_btc: Tensor, steps: TimeSteps, *, heads: int, headdim: int
     _states[(triton.cdiv(heads, launch["HEADS"]), b)](
         head_tiles(mixed_btc, heads, headdim), group_tiles(mixed_btc, n), state_tiles(states, headdim),
         steps.decay, steps.sending, seq_idx_bt, t, heads, chunks_of(t),
-        N=n, CHUNK=CHUNK, COLUMNS=columns_of(headdim), TURNED=states_turned(headdim, states.dtype),
-        DOCS=seq_idx_bt is not None, **launch,
+        **scan_constants(n, headdim, states.dtype, seq_idx_bt), **launch,
     )  # fmt: skip
     return states
 
@@ -141,7 +141,6 @@ def scan_outputs(
     _outputs[(triton.cdiv(heads, each), chunks_of(t), b)](
         head_tiles(mixed_btc, heads, headdim), group_tiles(mixed_btc, n), state_tiles(states, headdim),
         head_tiles(y, heads, headdim), steps.decay, steps.source, D_h, seq_idx_bt, t, heads, chunks_of(t), each,
-        N=n, CHUNK=CHUNK, COLUMNS=columns_of(headdim), TURNED=states_turned(headdim, states.dtype),
-        DOCS=seq_idx_bt is not None, STAGES=launch["num_stages"], **launch,
+        **scan_constants(n, headdim, states.dtype, seq_idx_bt), STAGES=launch["num_stages"], **launch,
     )  # fmt: skip
     return y

@@ -93,7 +93,7 @@ def heads_each(heads: int, chunks: int) -> int:
 def heads_shared(heads: int, chunks: int) -> int:
     """As `heads_each`, where a chunk has two programs, for B and for C, and what shares leave is added up after.
 
-    One share has them all but where those do not give every multiprocessor two programs, twice over: adding up costs a launch.
+    One share has them all where those are more than there are multiprocessors: adding up costs a launch.
     """
     wanted = max(1, min(MULTIPROCESSORS // chunks, heads // LEAST_SHARE))
     return triton.cdiv(heads, wanted)
