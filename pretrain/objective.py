@@ -94,11 +94,11 @@ def add_gradients(
             loss, lesson = _pass(engine, width.layers, inputs, cfg, teacher, last=last and not after)
             if cfg.nesting.distill_weight and i == 0:
                 teacher = lesson.detach()
-        if embedding is not None and not after:
-            embedding.end(inputs.tokens_bt)
         if gathered is not None and last and after:
             gathered.start_return(above=max(max(narrower.layers) for narrower in after))
         yield width, loss
+    if embedding is not None:
+        embedding.end(inputs_of[0].tokens_bt)
 
 
 def _pass(

@@ -27,13 +27,11 @@ class SharedEmbedding:
         made_md = self._model.embed(tokens_bt)
         leaf_md = self._leaves.get(tokens_bt.shape)
         if leaf_md is None:
-            leaf_md = self._leaves[tokens_bt.shape] = made_md.clone().requires_grad_()
-            leaf_md.grad = torch.zeros_like(leaf_md)
-            return leaf_md
-        leaf_md.copy_(made_md)
+            leaf_md = self._leaves[tokens_bt.shape] = torch.empty_like(made_md).requires_grad_()
+            leaf_md.grad = torch.empty_like(made_md)
         assert leaf_md.grad is not None
         leaf_md.grad.zero_()
-        return leaf_md
+        return leaf_md.copy_(made_md)
 
     def end(self, tokens_bt: Tensor) -> None:
         """Add to the embedding's gradient what the widths have left in the leaf's."""

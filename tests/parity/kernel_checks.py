@@ -11,7 +11,8 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LOW = torch.bfloat16 if GPU else torch.float16
 
-# Relative errors; one head alone has no gradient of D, since the norm undoes any scale. Float32: rounding of sums in another order; a per-head gradient adds thousands of terms of both signs.
+# Relative errors; one head alone has no gradient of D, since the norm undoes any scale. Float32: rounding of sums in another
+# order; a per-head gradient adds thousands of terms of both signs.
 # bfloat16 keeps 8 bits: each tensor between two kernels is rounded at 2^-9 = 2e-3. float16 keeps three bits more. With two
 # heads B's and C's gradients have few terms for these to average out in: 1.1e-2 was seen on an H100, before and after 2026-11.
 PER_HEAD = ("A_log", "D", "dt_bias")
