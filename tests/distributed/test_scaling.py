@@ -31,14 +31,18 @@ def test_layouts_of_one_step_agree_and_are_recorded(tmp_path: Path, monkeypatch:
         "2",
         "--steps",
         "2",
+        "--scaling",
+        *("strong", "weak", "filled"),
     ]
     monkeypatch.setattr(sys, "argv", [*arguments, "-o", str(record)])
     scaling.main()
     rows = json.loads(record.read_text())["rows"]
     laid = [(row["scaling"], row["world_size"], row["tensor"], row["dp"]) for row in rows]
-    assert laid == [(how, *ranks) for ranks in ((1, 1, 1), (2, 1, 2), (2, 2, 1)) for how in ("strong", "weak")]
+    expected = [(how, *ranks) for ranks in ((1, 1, 1), (2, 1, 2), (2, 2, 1)) for how in ("strong", "weak")]
+    assert laid == [*expected, ("filled", 2, 2, 1)]
+    assert [row["micro_batch"] for row in rows] == [2] * 6 + [4]
     for row in rows[2:]:
-        assert ("losses_off" in row) is (row["scaling"] == "strong" or row["dp"] == 1), "the same tokens"
+        assert ("losses_off" in row) is (row["scaling"] != "weak" or row["dp"] == 1), "the same tokens"
         assert row.get("losses_off", 0) < 1e-5
         assert row.get("norms_off", 0) < 1e-5
         assert row["planned_step_s"] > 0
@@ -60,6 +64,12 @@ def test_only_the_layouts_that_are_named_are_launched(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["scaling", str(config), "--layouts", "1x1", "2x2"])
     scaling.main()
     assert launched == [(1, {"strong": (1, 64), "weak": (1, 16)}), (4, {"strong": (2, 64), "weak": (2, 32)})]
+    launched.clear()
+    monkeypatch.setattr(
+        sys, "argv", ["scaling", str(config), "--layouts", "1x1", "2x2", "--scaling", "strong", "filled"]
+    )
+    scaling.main()
+    assert launched == [(1, {"strong": (1, 64)}), (4, {"strong": (2, 64)}), (4, {"filled": (2, 64)})]
 
 
 def test_overlap_is_counted_once() -> None:

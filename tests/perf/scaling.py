@@ -1,17 +1,18 @@
 """Weak and strong scaling of training steps over the GPUs of one machine, beside the planner's prediction.
 
-    python -m tests.perf.scaling configs/lm_1b4.yaml --gpus 1 2 4 8 --tensor 1 2 4 [--scaling weak strong] -o record.json
+    python -m tests.perf.scaling configs/lm_1b4.yaml --gpus 1 2 4 8 --tensor 1 2 4 [--scaling weak filled] -o record.json
         [section.field=value ...]
     python -m tests.perf.scaling configs/lm_1b4.yaml --layouts 1x1 4x1 -o record.json parallel.sequence=true    # tp x dp
 
 For each number of GPUs and each tensor-parallel size that divides it, or each layout that is named, torchrun starts ranks
 that take steps on the same random tokens through the trainer's own engine and objective. weak: each data-parallel replica
-keeps the configured micro-batch, one a step. strong: the step stays that of one replica times the largest data parallelism,
-shared out. A launch of ranks measures both, strong first. A row has the median step, tokens/s a GPU and its share of one
-GPU's (where that was measured first), the loss and gradient norm of the first steps beside one GPU's on the same step
-(strong: the same tokens), the planner's step, and, on GPUs, the time of each collective and of copies between GPUs, and how
-much of it runs while something else does. Rows are written as they come. Without GPUs the ranks are CPU processes over gloo:
-for trying it out.
+keeps the configured micro-batch, one a step. strong: the step stays that of the most GPUs, each with a micro-batch of its
+own, shared out. filled: strong's step in micro-batches tp times as large, since a replica of tp GPUs has the memory of all of
+them; with tp 1 it is strong. A launch of ranks measures strong, then weak; filled has one of its own. A row has the median
+step, tokens/s a GPU and its share of one GPU's (where that was measured first), the loss and gradient norm of the first steps
+beside one GPU's on the same step (strong, filled: the same tokens), the planner's step, and, on GPUs, the time of each
+collective and of copies between GPUs, and how much of it runs while something else does. Rows are written as they come.
+Without GPUs the ranks are CPU processes over gloo: for trying it out.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from pretrain.peers import with_peer_copies
 from pretrain.plan import GPUS, MEASURED_ON, NVLINK_GB_S, Cluster, predict
 from pretrain.provenance import git_commit, versions
 
+LAUNCHES = (("strong", "weak"), ("filled",))
+"""What one launch of ranks measures. Strong and filled are compared to one GPU's first steps, so they come first in theirs."""
 WARM_UP = 3
 COMPARED = 3
 """Steps whose loss and gradient norm are kept: the first ones, before rounding has grown."""
@@ -56,8 +59,9 @@ def layout(cfg: RunConfig, world_size: int, tensor: int, scaling: str, largest_d
     """The run's config at one layout. Raises ConfigError where the step does not divide."""
     replicas = world_size // tensor if scaling == "weak" else largest_dp
     tokens = cfg.data.micro_batch * cfg.data.seq_len * replicas
-    parallel = replace(cfg.parallel, tensor=tensor)
-    laid = replace(cfg, parallel=parallel, data=replace(cfg.data, tokens_per_step=tokens))
+    micro_batch = cfg.data.micro_batch * (tensor if scaling == "filled" else 1)
+    data = replace(cfg.data, tokens_per_step=tokens, micro_batch=micro_batch)
+    laid = replace(cfg, parallel=replace(cfg.parallel, tensor=tensor), data=data)
     laid.grad_accum_steps(world_size)
     return laid
 
@@ -164,6 +168,7 @@ def _steps(engine: Engine, cfg: RunConfig, ranks: Ranks, steps: int) -> Row:
         "world_size": ranks.world_size,
         "tensor": cfg.parallel.tensor,
         "dp": ranks.dp_size,
+        "micro_batch": cfg.data.micro_batch,
         "tokens_per_step": cfg.data.tokens_per_step,
         "step_s": statistics.median(ranks.gather_objects(statistics.median(taken[-steps:]))),
         "losses": [ranks.mean(loss) for loss in losses[:COMPARED]],
@@ -236,7 +241,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layouts", type=layout_named, nargs="+", help="tp x dp each, instead of --gpus and --tensor")
-    parser.add_argument("--scaling", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
+    parser.add_argument("--scaling", nargs="+", choices=("weak", "strong", "filled"), default=["weak", "strong"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--nvlink-gb-s", type=float, default=NVLINK_GB_S)
     parser.add_argument("-o", "--output", type=Path)
@@ -247,18 +252,23 @@ def main() -> None:
     asked = args.layouts or [(tp, gpus // tp) for gpus in sorted(args.gpus) for tp in args.tensor if gpus % tp == 0]
     largest = max(tp * dp for tp, dp in asked)
     for tensor, dp in asked:
-        layouts, world_size = {}, tensor * dp
-        for scaling in sorted(args.scaling):  # strong first: weights as they began, and one step's tokens everywhere
-            try:
-                layouts[scaling] = layout(cfg, world_size, tensor, scaling, largest)
-            except ConfigError as error:
-                print(f"{scaling}, {world_size} ranks, tp {tensor}: left out: {error}", flush=True)
-        for row in launch(layouts, world_size, args.steps) if layouts else []:
-            scaling = row["scaling"]
-            rows.append(beside(row, layouts[scaling], baselines.get(scaling), args))
-            if world_size == 1:
-                baselines[scaling] = row
-            print(json.dumps(rows[-1]), flush=True)
+        world_size = tensor * dp
+        for together in LAUNCHES:
+            layouts = {}
+            for scaling in together:
+                if scaling not in args.scaling or (scaling == "filled" and tensor == 1):
+                    continue
+                try:
+                    layouts[scaling] = layout(cfg, world_size, tensor, scaling, largest)
+                except ConfigError as error:
+                    print(f"{scaling}, {world_size} ranks, tp {tensor}: left out: {error}", flush=True)
+            for row in launch(layouts, world_size, args.steps) if layouts else []:
+                scaling = row["scaling"]
+                baseline = baselines.get("strong" if scaling == "filled" else scaling)
+                rows.append(beside(row, layouts[scaling], baseline, args))
+                if world_size == 1:
+                    baselines[scaling] = row
+                print(json.dumps(rows[-1]), flush=True)
         if args.output:
             about = {"config": args.config, "overrides": args.overrides, "commit": git_commit()}
             args.output.write_text(json.dumps({"rows": rows, **about, "versions": versions()}, indent=1) + "\n")

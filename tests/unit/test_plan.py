@@ -67,7 +67,8 @@ def test_a_layout_is_predicted_as_measured(run: dict[str, Any], row: dict[str, A
     """Whole steps, update and collectives included, on one, two and four H200s of one host."""
     size = Path(run["config"]).stem.removeprefix("lm_")
     cfg = config(size, *run["overrides"], f"parallel.tensor={row['tensor']}")
-    cfg = replace(cfg, data=replace(cfg.data, tokens_per_step=row["tokens_per_step"]))
+    micro_batch = row.get("micro_batch", cfg.data.micro_batch)
+    cfg = replace(cfg, data=replace(cfg.data, tokens_per_step=row["tokens_per_step"], micro_batch=micro_batch))
     hosts = Cluster(
         nodes=1, gpus_per_node=row["world_size"], gpu="H200", nvlink_gb_s=NVLINK_GB_S, network_gb_s=NVLINK_GB_S
     )
