@@ -23,7 +23,8 @@ from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forw
 from modeling.ops.kernels.row_sums import ConvSums, ProjectionSums, RateSums, add_row_sums
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
-from modeling.ops.kernels.scan_forward import scan_outputs, scan_states
+from modeling.ops.kernels.scan_forward import scan_outputs
+from modeling.ops.kernels.scan_walks import scan_states
 from modeling.ops.kernels.weights import gather_projection
 from modeling.ops.products import add_product, product
 

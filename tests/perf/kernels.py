@@ -50,9 +50,8 @@ def needs(name: str, level: int) -> dict[str, Needs]:
         "_gather_projection": (rows * d * 6, 0),
         "_conv_forward": (m * (i + 2 * n) * 4, 0),
         "_conv_backward": (m * (i + 2 * n) * 6, 0),
-        "_states": (m * (2 * i + 2 * n + 4 * h) + states, m * 2 * i * n),
+        "_walk": (2 * (m * (2 * i + 2 * n + 4 * h) + states), m * 4 * i * n),  # forwards and backwards
         "_outputs": (m * (4 * i + 4 * n + 8 * h) + states, m * (2 * i * n + chunk * (i + n))),
-        "_state_gradients": (m * (2 * i + 2 * n + 4 * h) + states, m * 2 * i * n),
         "_inputs_gradients": (m * (6 * i + 4 * n + 28 * h) + states, m * (2 * i * n + chunk * (2 * i + n))),
         "_group_gradients": (m * (4 * i + 8 * n + 12 * h) + 2 * states, m * (6 * i * n + 2 * chunk * n)),
         "_rate_gradients": (m * h * 26, 0),

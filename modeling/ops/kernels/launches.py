@@ -21,7 +21,7 @@ import triton
 
 SHIPPED_FOR = ("H100", "H200")
 SETTINGS = frozenset({"HEADS", "num_warps", "num_stages", "maxnreg"})
-SOURCES = ("scan_common.py", "scan_forward.py", "scan_backward.py")
+SOURCES = ("scan_common.py", "scan_walks.py", "scan_forward.py", "scan_backward.py")
 """What a search is of: settings of other kernels than these say nothing."""
 Table = dict[str, dict[int, dict[str, int]]]
 """Settings by kernel and width of its tile."""

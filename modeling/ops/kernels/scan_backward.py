@@ -1,8 +1,7 @@
 """The scan's backward pass, in four kernels. Notation as in scan_forward: S is the state before a chunk, dS the loss's
 gradient by the state after it; M = (C B^T) L with L_ls = delta_s e^(a_l - a_s), for s <= l, so that y = M x + ...
 
-1. `_state_gradients` walks one sequence's chunks backwards for a tile of heads, dS in registers:
-       dS <- e^(a_end) dS + sum over l of e^(a_l) C_l dy_l^T.
+1. scan_walks.py walks the sequences backwards and stores each chunk's dS.
 2. `_inputs_gradients` has a program a chunk and loops over heads, so that d(C B^T) is summed in registers:
        dM = dy x^T      d(C B^T) = sum over heads of dM L      dx = M^T dy + delta e^(a_end - a) B dS + D dy.
 3. `_group_gradients`: B and C feed every head, so theirs is one long product over all channels:
@@ -32,7 +31,6 @@ from modeling.ops.kernels.fast_math import exp, rounded
 from modeling.ops.kernels.scan_common import (
     SIZES,
     TimeSteps,
-    chunk_decays,
     chunk_documents,
     group_tiles,
     head_tiles,
@@ -40,65 +38,9 @@ from modeling.ops.kernels.scan_common import (
     reach,
     scan_constants,
     state_tiles,
-    store_state,
 )
-from modeling.ops.kernels.tiles import (
-    CHUNK,
-    chunks_of,
-    columns_of,
-    heads_each,
-    heads_shared,
-    launch_of,
-    walk_of,
-)
-
-
-@triton.jit
-def _previous_gradient(dy_tiles, grad_state_tiles, b, c, head, H, n_chunks, C, dS, into, kept,
-                       N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
-    """Store one head's dS of chunk `c`; returns that of the chunk before."""
-    dy = dy_tiles.load([b, c * CHUNK, head, 0]).reshape(CHUNK, COLUMNS)
-    store_state(grad_state_tiles, (b * n_chunks + c) * H + head, dS.to(dy.dtype), N, COLUMNS, TURNED)
-    dy_into = (dy.to(tl.float32) * into[:, None]).to(dy.dtype)
-    return tl.dot(tl.trans(C), dy_into, dS * kept, input_precision="ieee")
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _state_gradients(
-    group_tiles, dy_tiles, grad_state_tiles, decay_ptr, seq_ptr, T, H, n_chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
-    DOCS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0) * HEADS
-    b = tl.program_id(1)
-    second = tl.minimum(head + 1, H - 1)  # of an odd number the last head is walked twice, to the same gradients
-    steps = (b.to(tl.int64) * H + head) * n_chunks * CHUNK
-    second_steps = (b.to(tl.int64) * H + second) * n_chunks * CHUNK
-    dS = tl.zeros([N, COLUMNS], tl.float32)
-    other = dS
-    last = (n_chunks - 1) * CHUNK
-    # A chunk early, as in scan_forward.
-    next_decay, next_end = chunk_decays(decay_ptr, decay_ptr, steps + last, CHUNK)
-    if HEADS == 2:
-        others_decay, others_end = chunk_decays(decay_ptr, decay_ptr, second_steps + last, CHUNK)
-    for i in range(n_chunks):
-        c = n_chunks - 1 - i
-        following = tl.maximum(c - 1, 0) * CHUNK
-        C = group_tiles.load([b, c * CHUNK, N]).reshape(CHUNK, N)
-        _, from_before, _, keep = chunk_documents(seq_ptr, b, c, T, CHUNK, DOCS)
-        decay, end = next_decay, next_end
-        next_decay, next_end = chunk_decays(decay_ptr, decay_ptr, steps + following, CHUNK)
-        dS = _previous_gradient(
-            dy_tiles, grad_state_tiles, b, c, head, H, n_chunks, C, dS, tl.exp2(decay) * from_before, tl.exp2(end) * keep,
-            N, CHUNK, COLUMNS, TURNED,
-        )  # fmt: skip
-        if HEADS == 2:
-            decay, end = others_decay, others_end
-            others_decay, others_end = chunk_decays(decay_ptr, decay_ptr, second_steps + following, CHUNK)
-            other = _previous_gradient(
-                dy_tiles, grad_state_tiles, b, c, second, H, n_chunks, C, other, tl.exp2(decay) * from_before,
-                tl.exp2(end) * keep, N, CHUNK, COLUMNS, TURNED,
-            )  # fmt: skip
+from modeling.ops.kernels.scan_walks import state_gradients
+from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, heads_each, heads_shared, launch_of
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -322,17 +264,14 @@ def scan_backward(
     h, n_chunks, columns, dtype = heads, chunks_of(t), columns_of(headdim), mixed_btc.dtype
     n = (width - h * headdim) // 2
     shape = scan_constants(n, headdim, dtype, seq_idx_bt)
-    grad_states, grad_mixed = torch.empty_like(states), torch.empty_like(mixed_btc)
+    grad_mixed = torch.empty_like(mixed_btc)
+    grad_states = state_gradients(grad_y_bti, mixed_btc, steps, heads=h, headdim=headdim, seq_idx_bt=seq_idx_bt)
     x, group, dy = head_tiles(mixed_btc, h, headdim), group_tiles(mixed_btc, n), head_tiles(grad_y_bti, h, headdim)
     S, dS, grad_group = state_tiles(states, headdim), state_tiles(grad_states, headdim), group_tiles(grad_mixed, n)
     # Of each step and head: rowsum(dM M), colsum(dM M) with what it sends to the end, that alone, dy . x.
     rows = torch.empty(*steps.delta.shape, 4, dtype=torch.float32, device=mixed_btc.device)
     reached = torch.empty_like(steps.delta)
     decayed = torch.empty(b, n_chunks, h, dtype=torch.float32, device=mixed_btc.device)
-    launch = walk_of("state_gradients", columns, dtype, h, b)
-    _state_gradients[(triton.cdiv(h, launch["HEADS"]), b)](
-        group, dy, dS, steps.decay, seq_idx_bt, t, h, n_chunks, **shape, **launch
-    )
     each = heads_each(h, n_chunks * b)
     parts = triton.cdiv(h, each)
     grad_scores = torch.empty(b, n_chunks, parts, CHUNK, CHUNK, dtype=torch.float32, device=mixed_btc.device)

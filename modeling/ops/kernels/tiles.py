@@ -58,6 +58,8 @@ PROGRAMS_WANTED = MULTIPROCESSORS * 16
 
 WALKS_WANTED = MULTIPROCESSORS * 3
 """Programs that walk sequences and run at once."""
+LEAST_SEGMENT = 8
+"""Chunks that a segment of a walk should have: starting one and taking over what others left take as long as a few."""
 LEAST_SHARE = 8
 """Heads that a program should have if their sum is to be added to others': with one program for B and C those took 26 us on an
 H200, adding up 6."""
@@ -113,6 +115,15 @@ def walk_of(kernel: str, columns: int, dtype: torch.dtype, heads: int, batch: in
     if triton.cdiv(heads, launch["HEADS"]) * batch < WALKS_WANTED:
         return {**launch, "HEADS": 1}
     return launch
+
+
+def segment_chunks(walks: int, n_chunks: int) -> int:
+    """Chunks of each segment that `walks` walks of `n_chunks` chunks are cut into; all where they are not cut.
+
+    Cut ones are walked twice, so two segments would save nothing.
+    """
+    segments = min(WALKS_WANTED // walks, n_chunks // LEAST_SEGMENT)
+    return triton.cdiv(n_chunks, segments) if segments > 2 else n_chunks
 
 
 def refusal(headdim: int, d_state: int, d_conv: int) -> str | None:

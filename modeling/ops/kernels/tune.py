@@ -24,7 +24,8 @@ from triton.runtime.errors import TritonError
 from modeling.ops.kernels import launches, tiles
 from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import time_steps
-from modeling.ops.kernels.scan_forward import scan_outputs, scan_states
+from modeling.ops.kernels.scan_forward import scan_outputs
+from modeling.ops.kernels.scan_walks import scan_states
 
 Settings = dict[str, int]
 WALKS = ("states", "state_gradients")
