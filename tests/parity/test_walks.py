@@ -66,7 +66,7 @@ def documents(t: int) -> Tensor:
         (500, 24, 16, torch.float32),
         (500, 24, 16, LOW),
         (449, 32, 32, LOW),
-        (385, 56, 16, LOW),
+        (480, 56, 16, LOW),
         pytest.param(8192, 24, 128, LOW, marks=pytest.mark.gpu),
         pytest.param(8191, 48, 128, LOW, marks=pytest.mark.gpu),
         pytest.param(4097, 64, 128, LOW, marks=pytest.mark.gpu),
@@ -86,9 +86,9 @@ def test_cut_walks_end_where_whole_ones_do(
     n_chunks = tiles.chunks_of(t)
     found = []
     for wanted in (0, 10**6):
-        monkeypatch.setattr(tiles, "WALKS_WANTED", wanted)
+        monkeypatch.setattr(tiles, "WALKS_AT_ONCE", {32: wanted, 64: wanted})
         monkeypatch.setattr(tiles, "LEAST_SEGMENT", 2)
-        each = tiles.segment_chunks(BATCH * HEADS, n_chunks)
+        each = tiles.segment_chunks(BATCH * HEADS, n_chunks, tiles.columns_of(headdim))
         assert (each < n_chunks) is (wanted > 0)
         forward = scan_states(mixed, steps, **how)  # type: ignore[arg-type]
         backward = state_gradients(grad_y, mixed, steps, **how)  # type: ignore[arg-type]
@@ -137,19 +137,37 @@ def backwards(dy_bthp: Tensor, C_btn: Tensor, decay_bht: Tensor, documents_bt: T
 
 
 @pytest.mark.parametrize(
-    ("walks", "n_chunks", "segments"),
+    ("walks", "n_chunks", "columns", "segments"),
     [
-        (2048, 16, 1),  # the 130M's full width
-        (128, 16, 1),  # the 1.4B's eighth at 1,024 steps: two segments would be walked twice
-        (128, 128, 3),
-        (64, 128, 6),
-        (32, 128, 12),
-        (32, 64, 8),  # no segment of less than eight chunks
-        (8, 1024, 49),
-        (1, 1, 1),
+        (2048, 16, 32, 1),  # the 130M's full width
+        (128, 16, 64, 1),  # the 1.4B's eighth at 1,024 steps: two segments would be walked twice
+        (128, 128, 32, 1),  # three would take as long as one
+        (128, 128, 64, 1),
+        (64, 128, 32, 6),
+        (64, 128, 64, 4),
+        (32, 128, 16, 12),
+        (32, 64, 32, 8),  # no segment of less than eight chunks
+        (8, 1024, 64, 32),
+        (1, 1, 64, 1),
     ],
 )
-def test_walks_are_cut_where_few_are_long(walks: int, n_chunks: int, segments: int) -> None:
-    each = tiles.segment_chunks(walks, n_chunks)
+def test_walks_are_cut_where_few_are_long(walks: int, n_chunks: int, columns: int, segments: int) -> None:
+    each = tiles.segment_chunks(walks, n_chunks, columns)
     assert -(-n_chunks // each) == segments
     assert segments == 1 or each >= tiles.LEAST_SEGMENT
+
+
+@pytest.mark.parametrize(
+    ("walks", "heads", "stages"),
+    [
+        (64 * 64, 2, 2),  # the 130M's full width: more programs than there is room for
+        (64 * 16, 2, 2),
+        (32 * 16, 2, 3),
+        (32 * 12, 1, 3),
+        (4 * 8, 1, 3),
+    ],
+)
+def test_walks_that_fit_at_once_load_further_ahead(walks: int, heads: int, stages: int) -> None:
+    launch = tiles.walk_of("states", 32, torch.bfloat16, walks // 4, 4)
+    assert (launch["HEADS"], launch["num_stages"]) == (heads, stages)
+    assert tiles.walk_of("states", 64, torch.bfloat16, walks // 4, 4) == tiles.LAUNCH["states"][64]

@@ -132,7 +132,7 @@ def _states(
     n, n_chunks, columns = (width - heads * headdim) // 2, chunks_of(t), columns_of(headdim)
     states = new_states(b, n_chunks, heads, n, headdim, like=mixed_btc)
     launch = walk_of(kernel, columns, mixed_btc.dtype, heads, b)
-    each = segment_chunks(heads * b, n_chunks)
+    each = segment_chunks(heads * b, n_chunks, columns)
     segments = triton.cdiv(n_chunks, each)
     ends = remains = None
     if segments > 1:

@@ -58,6 +58,8 @@ PROGRAMS_WANTED = MULTIPROCESSORS * 16
 
 WALKS_WANTED = MULTIPROCESSORS * 3
 """Programs that walk sequences and run at once."""
+WALKS_AT_ONCE = {32: MULTIPROCESSORS * 3, 64: MULTIPROCESSORS * 2}
+"""Walks of one head that the GPU has room for at once, by the width of the tile."""
 LEAST_SEGMENT = 8
 """Chunks that a segment of a walk should have: starting one and taking over what others left take as long as a few."""
 LEAST_SHARE = 8
@@ -110,20 +112,27 @@ def launch_of(kernel: str, columns: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def walk_of(kernel: str, columns: int, dtype: torch.dtype, heads: int, batch: int) -> dict[str, int]:
-    """`launch_of` a kernel that walks sequences: with one head a program where two would leave multiprocessors idle."""
+    """`launch_of` a kernel that walks sequences, of tiles that it may walk two of.
+
+    One head a program where the GPU has room for all of them at once: two would leave multiprocessors idle. And where it has
+    room for all programs with the tiles of one chunk more, they get those: a walk is as long as its loads take.
+    """
     launch = launch_of(kernel, columns, dtype)
-    if triton.cdiv(heads, launch["HEADS"]) * batch < WALKS_WANTED:
-        return {**launch, "HEADS": 1}
+    if launch["HEADS"] == 2:
+        if heads * batch <= WALKS_WANTED:
+            launch = {**launch, "HEADS": 1}
+        if triton.cdiv(heads, launch["HEADS"]) * batch <= WALKS_WANTED:
+            launch = {**launch, "num_stages": launch["num_stages"] + 1}
     return launch
 
 
-def segment_chunks(walks: int, n_chunks: int) -> int:
+def segment_chunks(walks: int, n_chunks: int, columns: int) -> int:
     """Chunks of each segment that `walks` walks of `n_chunks` chunks are cut into; all where they are not cut.
 
-    Cut ones are walked twice, so two segments would save nothing.
+    Cut ones are walked twice, so two segments would save nothing, and three take as long as one does.
     """
-    segments = min(WALKS_WANTED // walks, n_chunks // LEAST_SEGMENT)
-    return triton.cdiv(n_chunks, segments) if segments > 2 else n_chunks
+    segments = min(WALKS_AT_ONCE[max(32, columns)] // walks, n_chunks // LEAST_SEGMENT)
+    return triton.cdiv(n_chunks, segments) if segments > 3 else n_chunks
 
 
 def refusal(headdim: int, d_state: int, d_conv: int) -> str | None:
