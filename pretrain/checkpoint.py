@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.checkpoint_reader import Piece, file_sha256, manifest_sha256, tensor_key
+from pretrain.retention import CHECKPOINTS
 
 TEMPORARY = ".writing-"
 
@@ -136,7 +137,7 @@ def _sync_folder(folder: Path) -> None:
 
 def candidates(root: Path) -> list[Path]:
     """Checkpoints of a run, newest first. `latest` is for people and scripts; what is whole is decided by reading."""
-    return sorted(root.glob("step_*"), reverse=True)
+    return sorted(root.glob(CHECKPOINTS), reverse=True)
 
 
 if __name__ == "__main__":

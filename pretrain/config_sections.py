@@ -116,7 +116,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr}: must be positive")
-        require(self.steps >= 1, f"optim.steps={self.steps}: must be at least 1")
+        require(
+            1 <= self.steps < 10**8,
+            f"optim.steps={self.steps}: must be at least 1, and have at most the eight digits of a checkpoint's name",
+        )
         require(
             0 <= self.warmup_steps < self.steps or self.warmup_steps == 0,
             f"optim.warmup_steps={self.warmup_steps}: must be below optim.steps={self.steps}",

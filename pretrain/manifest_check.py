@@ -9,6 +9,7 @@ from data_prep.shard_schema import MANIFEST_NAME, Manifest, file_sha256, read_ma
 from pretrain.config import LanguageRunConfig, RunConfig
 from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.image_config import ImageDataConfig
+from pretrain.retention import CHECKPOINTS
 from pretrain.vision_config import VisionRunConfig
 
 
@@ -31,8 +32,8 @@ def check_paths(cfg: RunConfig) -> None:
         )
     source = Path(checkpoint.init_from)
     # A run that goes on from a checkpoint of its own needs its source no more.
-    starts_anew = checkpoint.resume == "never" or not any((Path(cfg.run_dir) / "checkpoints").glob("step_*"))
-    places = (source / "config.json", source / MANIFEST_NAME, *(source / "checkpoints").glob("step_*"))
+    starts_anew = checkpoint.resume == "never" or not any((Path(cfg.run_dir) / "checkpoints").glob(CHECKPOINTS))
+    places = (source / "config.json", source / MANIFEST_NAME, *(source / "checkpoints").glob(CHECKPOINTS))
     if checkpoint.init_from and starts_anew and not any(place.exists() for place in places):
         raise ConfigError(
             f"checkpoint.init_from={source} is neither a model folder, nor a checkpoint nor a run that has one: name one"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pretrain.config_sections import CheckpointConfig
 
+CHECKPOINTS = "step_" + 8 * "[0-9]"
+"""Pattern of the folders that are a run's checkpoints. Others beside them, such as a copy step_N.keep, are somebody's own."""
 BEST = "best.json"
 """In the folder of checkpoints: width name to {"step", "loss"} of its best validation that has a checkpoint."""
 
@@ -51,7 +53,7 @@ def note_losses(root: Path, step: int, losses: dict[str, float]) -> None:
 
 def prune(root: Path, cfg: CheckpointConfig) -> None:
     """Remove the checkpoints that `cfg` does not keep. One rank calls this, after a new one is whole."""
-    folders = sorted(root.glob("step_*"))
+    folders = sorted(root.glob(CHECKPOINTS))
     best = {int(entry["step"]) for entry in read_best(root).values()} if cfg.keep_best else set()
     for folder in folders[: -cfg.keep_last]:
         step = step_of(folder)

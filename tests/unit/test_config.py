@@ -17,7 +17,7 @@ BAD_VALUES = [
     ("model.norm_eps", 0.0), ("model.vocab_size", 1),
     ("data.path", ""), ("data.path", "s3://bucket/tokens"), ("data.seq_len", 0), ("data.seq_len", 48),
     ("data.tokens_per_step", 100), ("data.micro_batch", 0), ("data.n_workers", -1),
-    ("optim.lr", 0.0), ("optim.steps", 0), ("optim.warmup_steps", 50), ("optim.warmup_steps", -1),
+    ("optim.lr", 0.0), ("optim.steps", 0), ("optim.steps", 10**8), ("optim.warmup_steps", 50), ("optim.warmup_steps", -1),
     ("optim.schedule", "linear"), ("optim.decay_steps", 5), ("optim.decay_steps", 99),
     ("optim.min_lr_ratio", 1.5), ("optim.betas", [0.9, 1.0]), ("optim.betas", [0.9]),
     ("optim.eps", 0.0), ("optim.weight_decay", -0.1), ("optim.clip_norm", -1.0), ("optim.ema_decay", 1.0),
