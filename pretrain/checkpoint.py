@@ -28,6 +28,8 @@ from modeling.checkpoint_reader import Piece, file_sha256, manifest_sha256, tens
 from pretrain.retention import CHECKPOINTS
 
 TEMPORARY = ".writing-"
+SET_ASIDE = ("damaged", "not-finite", "rolled-back")
+"""Why a checkpoint was set aside: the words before its name."""
 
 
 def checkpoint_dir(run_dir: str | Path) -> Path:
@@ -87,8 +89,9 @@ def commit(root: Path, step: int, manifest: dict[str, Any]) -> Path:
 
 
 def set_aside(folders: list[Path], why: str) -> None:
-    """Rename checkpoints of one run to `why`-step_N, so that neither resuming nor pruning counts them; people may look into
-    them. `latest` then names the newest of the others."""
+    """Rename checkpoints of one run to `why`-step_N, `why` one of SET_ASIDE, so that neither resuming nor pruning counts them;
+    people may look into them. `latest` then names the newest of the others."""
+    assert why in SET_ASIDE, why
     for folder in folders:
         target = folder.with_name(f"{why}-{folder.name}")
         shutil.rmtree(target, ignore_errors=True)
@@ -138,6 +141,11 @@ def _sync_folder(folder: Path) -> None:
 def candidates(root: Path) -> list[Path]:
     """Checkpoints of a run, newest first. `latest` is for people and scripts; what is whole is decided by reading."""
     return sorted(root.glob(CHECKPOINTS), reverse=True)
+
+
+def those_set_aside(root: Path) -> list[Path]:
+    """Checkpoints that a run has set aside, by name."""
+    return sorted(folder for why in SET_ASIDE for folder in root.glob(f"{why}-{CHECKPOINTS}"))
 
 
 if __name__ == "__main__":

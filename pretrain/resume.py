@@ -29,9 +29,9 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "
 
     With "auto", checkpoints that are damaged or incomplete are skipped with a warning that says what is wrong with them,
     and set aside once a whole one was found. Raises CheckpointError where a named checkpoint is damaged, or where every
-    one is, or was set aside with a validation that is not finite: starting anew over them is for people to decide. Raises ConfigError where run_dir holds later checkpoints than
-    the one to start from: pruning and the next "auto" would take those for this run's; and where that one is no checkpoint of this
-    run (pretrain.same_run).
+    one is, or was set aside: starting anew over them is for people to decide. Raises ConfigError where run_dir holds later
+    checkpoints than the one to start from: pruning and the next "auto" would take those for this run's; and where that one is no
+    checkpoint of this run (pretrain.same_run).
     """
     root = checkpoint.checkpoint_dir(cfg.run_dir)
     found: list[Path] = ranks.gather_objects(checkpoint.candidates(root) if ranks.is_main else [])[0]
@@ -61,15 +61,15 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "
         if ranks.is_main:
             logger.info("resumed from %s: step %d, %d tokens", folder, state.step, state.tokens)
         return state
-    refused = sorted(root.glob("not-finite-*")) if ranks.is_main else []
-    if any(ranks.gather_objects(refused)):
-        raise CheckpointError(
-            f"{root} has no checkpoint to go on from, only one that was set aside because its validation was not finite: "
-            "remove it to start anew"
-        )
     if damaged:
         raise CheckpointError(
             f"every checkpoint in {root} is damaged (see the warnings above): mend or remove them to start anew"
+        )
+    aside: list[Path] = ranks.gather_objects(checkpoint.those_set_aside(root) if ranks.is_main else [])[0]
+    if aside:
+        raise CheckpointError(
+            f"{root} has no checkpoint to go on from, only what was set aside: {', '.join(path.name for path in aside)}. Rename "
+            "one to step_N to go on from it, or remove them to start anew"
         )
     return None
 
@@ -77,23 +77,24 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "
 def go_back(engine: Engine, cfg: RunConfig, ranks: Ranks, step: int) -> RunState | None:
     """Load the newest whole checkpoint of at most `step` steps; returns what it holds, None where there is none.
 
-    Later checkpoints, and damaged ones on the way, are renamed: the run is about to write those steps again.
+    Later checkpoints, and damaged ones on the way, are then renamed: the run is about to write those steps again. Where there is
+    none to go back to, all stay as they are: a rank that cannot read now may be able to at the next start.
     """
     root = checkpoint.checkpoint_dir(cfg.run_dir)
     found: list[Path] = ranks.gather_objects(checkpoint.candidates(root) if ranks.is_main else [])[0]
-    for folder in found:
-        reader = None
-        if folder.name <= checkpoint.step_name(step):
-            try:
-                reader = _attempt(ranks, partial(_open_verified, folder, ranks))
-            except CheckpointError as error:
-                if ranks.is_main:
-                    logger.warning("skipping checkpoint %s: %s", folder.name, error)
-        if reader is not None:
-            _load(engine, reader, cfg.model.n_heads, ranks)
-            before, now = seq_lens(cfg, reader.manifest)
-            return replace(reader.state, sequence=reader.state.sequence * before // now)
-        _attempt(ranks, partial(checkpoint.set_aside, [folder] if ranks.is_main else [], "rolled-back"))
+    passed = [folder for folder in found if folder.name > checkpoint.step_name(step)]
+    for folder in found[len(passed) :]:
+        try:
+            reader = _attempt(ranks, partial(_open_verified, folder, ranks))
+        except CheckpointError as error:
+            if ranks.is_main:
+                logger.warning("skipping checkpoint %s: %s", folder.name, error)
+            passed.append(folder)
+            continue
+        _attempt(ranks, partial(checkpoint.set_aside, passed if ranks.is_main else [], "rolled-back"))
+        _load(engine, reader, cfg.model.n_heads, ranks)
+        before, now = seq_lens(cfg, reader.manifest)
+        return replace(reader.state, sequence=reader.state.sequence * before // now)
     return None
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from modeling.checkpoint_reader import Reader
-from pretrain import train
+from modeling.checkpoint_reader import Reader, RunState
+from pretrain import resume, train
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
@@ -96,5 +98,42 @@ def test_a_run_whose_only_checkpoint_was_refused_does_not_start_anew(dataset: Pa
     with pytest.raises(RankFailedError, match="last step is not finite"):
         run_ranks(1, train_to_a_loss_that_is_not_finite, cfg)
     assert not (checkpoint_dir(cfg.run_dir) / "latest").exists()
-    with pytest.raises(RankFailedError, match="no checkpoint to go on from, only one that was set aside"):
+    with pytest.raises(
+        RankFailedError, match="no checkpoint to go on from, only what was set aside: not-finite-step_00000004"
+    ):
         run_ranks(1, train.main, cfg)
+
+
+def train_over_bad_data_with_a_disk_that_fails(cfg: RunConfig) -> int:
+    """The last rank can read no checkpoint when the run goes back over the data of steps 5, 6 and 7."""
+    go_back = resume.go_back
+
+    def failing(*args: Any) -> RunState | None:
+        if os.environ["RANK"] == "1":
+            Reader.verify = unreadable
+        return go_back(*args)
+
+    def unreadable(self: Reader, *args: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    resume.go_back = failing
+    return train_over_bad_data(cfg, 5 * 8, 3 * 8)
+
+
+def test_a_run_that_can_read_nothing_to_go_back_to_keeps_it(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(
+        dataset, tmp_path, checkpoint={"every_steps": 2, "keep_last": 9}, stability={"max_skips": 2, "max_rollbacks": 1}
+    )
+    with pytest.raises(RankFailedError, match=r"3 bad steps in a row .* and no checkpoint before them"):
+        run_ranks(2, train_over_bad_data_with_a_disk_that_fails, cfg)
+    root = checkpoint_dir(cfg.run_dir)
+    assert steps_on_disk(cfg) == [2, 4, 6]
+    assert (root / "latest").read_text() == "step_00000006\n"
+    for folder in candidates(root):  # as an earlier version left them
+        folder.rename(folder.with_name(f"rolled-back-{folder.name}"))
+    with pytest.raises(RankFailedError, match="only what was set aside: rolled-back-step_00000002, ") as failed:
+        run_ranks(2, train.main, cfg)
+    assert str(failed.value).count("CheckpointError: ") == 2
+    (root / "rolled-back-step_00000004").rename(root / "step_00000004")
+    assert run_ranks(2, train.main, cfg) == [0, 0]
+    assert [step for kind, step, _ in losses(cfg) if kind == "train"] == list(range(1, 11))
