@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +37,7 @@ from pretrain.passes import why_launched
 from pretrain.peers import shared_out, with_peer_copies
 from pretrain.preflight import preflight
 from pretrain.progress import TrainingProgress
-from pretrain.provenance import git_commit, versions
+from pretrain.provenance import record_start
 from pretrain.replicas import check_replicas, weights_are_finite
 from pretrain.run_lock import HeldElsewhereError, RunLock
 from pretrain.saver import Saver
@@ -273,7 +271,6 @@ def main(cfg: RunConfig) -> int:
     lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError, HeldElsewhereError))
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
-    ranks.attempt(lambda: _record_start(cfg) if ranks.is_main else None, (ConfigError,))
     if cfg.deterministic:
         _be_deterministic()
 
@@ -294,6 +291,8 @@ def main(cfg: RunConfig) -> int:
     if cfg.parallel.tensor > 1:
         logger.info("tensor parallelism shares out: %s", shared_out(cfg))
     state = resume.resume(engine, cfg, ranks, dataset) or RunState()
+    # Not before: a start that is refused leaves what the run's own files say.
+    ranks.attempt(lambda: record_start(cfg) if ranks.is_main else None, (ConfigError,))
     loader = task.loader(ranks, start=state.sequence)
     validation = task.validation(ranks)
     meter = StepMeter(cfg, ranks)
@@ -373,19 +372,6 @@ def _claim(cfg: RunConfig) -> RunLock:
     if removed:
         logger.info("removed what interrupted saves left: %s", ", ".join(removed))
     return lock
-
-
-def _record_start(cfg: RunConfig) -> None:
-    """Write what is about to run, before step 0: the resolved config, the code's commit, the libraries' versions."""
-    folder = Path(cfg.run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_to_yaml(cfg))
-        (folder / "provenance.json").write_text(
-            json.dumps({"git_commit": git_commit(), "versions": versions()}, indent=1)
-        )
-    except OSError as error:
-        raise ConfigError(f"run_dir={cfg.run_dir} cannot be written: {error}") from None
 
 
 def _be_deterministic() -> None:

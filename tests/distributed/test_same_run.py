@@ -42,15 +42,21 @@ def test_with_shorter_sequences_it_goes_on_with_the_next_tokens(dataset: Path, t
     assert (state.sequence, state.tokens) == (10 * 16, 10 * 256)
 
 
-def test_another_order_of_the_data_is_refused_before_anything_is_trained(dataset: Path, tmp_path: Path) -> None:
+def test_another_order_of_the_data_or_model_is_refused_before_anything_is_trained_or_recorded(
+    dataset: Path, tmp_path: Path
+) -> None:
     cfg = run_config(dataset, tmp_path / "run", optim={"steps": 3})
     run_ranks(1, train.main, cfg)
     assert len(Reader(candidates(checkpoint_dir(cfg.run_dir))[0]).manifest[DATASET]) == 64
+    records = [tmp_path / "run" / name for name in ("config.yaml", "provenance.json")]
+    recorded = [(path.read_text(), path.stat().st_mtime_ns) for path in records]
     other = write_token_dataset(tmp_path / "other", vocab_size=64, row_tokens=32, n_rows=40)
     for changed, says in (
         (run_config(dataset, tmp_path / "run", seed=5), "ConfigError: seed=5"),
         (run_config(other, tmp_path / "run"), "is another dataset than"),
+        (run_config(dataset, tmp_path / "run", model={"d_state": 16}), "is of another model"),
     ):
         with pytest.raises(RankFailedError, match=says) as failed:
             run_ranks(2, train.main, changed)
         assert str(failed.value).count("ConfigError: ") == 2, "on both ranks"
+        assert [(path.read_text(), path.stat().st_mtime_ns) for path in records] == recorded, "as the run was started"
