@@ -138,6 +138,10 @@ class MetricsWriter:
             _drop_after(self._path, step, keep_events=True)
             self._file = self._path.open("a", buffering=1)
 
+    def evals(self) -> list[Record]:
+        """The validations recorded so far, without those that the run went back over; none on other ranks."""
+        return [] if self._file is None else [r for r in read_metrics(self._path) if r["kind"] == "eval"]
+
     def close(self) -> None:
         """Flush and finish."""
         if self._file is not None:

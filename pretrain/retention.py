@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pretrain.config_sections import CheckpointConfig
 
@@ -14,13 +15,15 @@ CHECKPOINTS = "step_" + 8 * "[0-9]"
 BEST = "best.json"
 """In the folder of checkpoints: width name to {"step", "loss"} of its best validation that has a checkpoint."""
 
+Best = dict[str, dict[str, float]]
+
 
 def step_of(folder: Path) -> int:
     """The step that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step_"))
 
 
-def read_best(root: Path) -> dict[str, dict[str, float]]:
+def read_best(root: Path) -> Best:
     """The best validation of each width so far; empty before the first, or where the file is damaged."""
     try:
         best = json.loads((root / BEST).read_text())
@@ -32,19 +35,41 @@ def read_best(root: Path) -> dict[str, dict[str, float]]:
 def note_losses(root: Path, step: int, losses: dict[str, float]) -> None:
     """Remember the validation losses at the checkpoint of `step`. One rank calls this, before that one is pruned.
 
-    A best of a later step belongs to a stretch that the run has since gone back over: it no longer counts. A loss that is
-    not finite is no best.
+    A best of this step or a later one is of a stretch that the run has gone back over: it no longer counts. A loss that is not
+    finite is no best.
     """
-    best = {
-        width: entry
-        for width, entry in read_best(root).items()
-        if entry["step"] <= step and math.isfinite(entry["loss"])
-    }
+    best = _up_to(step - 1, read_best(root))
+    _note(best, step, losses)
+    _write_best(root, best)
+
+
+def go_back(root: Path, step: int, evals: list[dict[str, Any]]) -> None:
+    """Forget a width's best of a step after `step`, from which the run goes on. One rank calls this.
+
+    Its best is then again the lowest among `evals`, the run's records of validations, whose checkpoint is still there: one that
+    was pruned because a later one was better does not come back.
+    """
+    before = read_best(root)
+    best = _up_to(step, before)
+    there = {step_of(folder) for folder in root.glob(CHECKPOINTS)}
+    for record in evals:
+        if record["step"] <= step and record["step"] in there:
+            _note(best, record["step"], record["loss"])
+    if best != before:
+        _write_best(root, best)
+
+
+def _up_to(step: int, best: Best) -> Best:
+    return {width: entry for width, entry in best.items() if entry["step"] <= step and math.isfinite(entry["loss"])}
+
+
+def _note(best: Best, step: int, losses: dict[str, float]) -> None:
     for width, loss in losses.items():
-        if not math.isfinite(loss):
-            continue
-        if width not in best or loss < best[width]["loss"]:
+        if math.isfinite(loss) and (width not in best or loss < best[width]["loss"]):
             best[width] = {"step": step, "loss": loss}
+
+
+def _write_best(root: Path, best: Best) -> None:
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f".{BEST}"
     temporary.write_text(json.dumps(best, indent=1))

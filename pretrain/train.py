@@ -201,8 +201,15 @@ def roll_back(run: Run, said: str) -> None:
         raise NonFiniteError(f"{said}, and no checkpoint before them. {_ADVICE}")
     run.state = gone_back(saved, state)
     run.writer.go_back(saved.step)
+    forget_later_bests(run)
     event = f"rolled back from step {state.step} to {saved.step}; sequences {saved.sequence} to {state.sequence} are left out"
     run.report("event", {"step": saved.step, "event": event})
+
+
+def forget_later_bests(run: Run) -> None:
+    """Let no validation of a step that the run has yet to take, or to take again, keep a checkpoint or lose one its place."""
+    if run.ranks.is_main:
+        retention.go_back(checkpoint_dir(run.cfg.run_dir), run.state.step, run.writer.evals())
 
 
 def save(run: Run, *, wait: bool) -> None:
@@ -318,6 +325,7 @@ def main(cfg: RunConfig) -> int:
             state=state,
         )
         try:
+            forget_later_bests(run)  # a start may take up an earlier step than the one before it had reached
             code = train(run)
         except RuntimeError as error:  # a collective fails where a rank is gone, and does not say which
             lost = run.watchdog.lost_ranks() if _is_broken_link(error) else []

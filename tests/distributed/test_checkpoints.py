@@ -195,6 +195,32 @@ def test_after_too_many_bad_steps_the_run_goes_back_and_leaves_their_data_out(da
     assert losses(again) == losses(cfg), "the same decisions, bitwise"
 
 
+def train_over_bad_data_with_validations(cfg: RunConfig, values: list[float]) -> int:
+    """The data of steps 5, 6 and 7 is bad; one validation after another says `values`, at every width."""
+    left = iter(values)
+
+    def told(model: Any, batches: Any, submodels: Any, ranks: Any) -> list[float]:
+        return [next(left)] * len(submodels)
+
+    language_task.submodel_losses = told
+    return train_over_bad_data(cfg, 5 * 8, 3 * 8)
+
+
+def test_what_the_run_went_back_over_takes_no_earlier_checkpoints_place(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(
+        dataset,
+        tmp_path,
+        checkpoint={"every_steps": 2, "keep_last": 1, "keep_best": True},
+        stability={"max_skips": 2},
+        logging={"eval_every_steps": 2},
+    )
+    values = [9.0, 5.0, 1.0, 7.0, 8.0, 6.0]  # of steps 2, 4, 6, and again 6, 8, 10
+    assert run_ranks(2, train_over_bad_data_with_validations, cfg, values) == [0, 0]
+    best = {"step": 4, "loss": 5.0}
+    assert read_best(checkpoint_dir(cfg.run_dir)) == {"1": best, "1/2": best, "1/4": best}
+    assert steps_on_disk(cfg) == [4, 10]
+
+
 def test_a_run_that_cannot_get_past_bad_steps_ends_on_all_ranks(dataset: Path, tmp_path: Path) -> None:
     stability = {"max_skips": 1, "max_rollbacks": 1}
     cfg = run_config(dataset, tmp_path, checkpoint={"every_steps": 2}, stability=stability)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import candidates
 from pretrain.config_sections import CheckpointConfig
-from pretrain.retention import prune
+from pretrain.retention import go_back, note_losses, prune, read_best
 
 
 def make(root: Path, *names: str) -> None:
@@ -24,3 +24,32 @@ def test_folders_that_somebody_named_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in candidates(tmp_path)] == ["step_00000003", "step_00000002", "step_00000001"]
     prune(tmp_path, CheckpointConfig(keep_last=1))
     assert names_in(tmp_path) == {*theirs, "step_00000003"}
+
+
+def test_a_step_that_is_validated_again_has_the_later_loss(tmp_path: Path) -> None:
+    note_losses(tmp_path, 4, {"1": 2.0, "1/2": 3.0})
+    note_losses(tmp_path, 4, {"1": 2.5})
+    assert read_best(tmp_path) == {"1": {"step": 4, "loss": 2.5}}
+
+
+def test_going_back_forgets_later_bests_and_finds_the_earlier_ones_again(tmp_path: Path) -> None:
+    curve = {2: (5.0, 2.5), 4: (3.0, 4.0), 6: (3.5, 3.9), 8: (1.0, 2.0)}
+    evals = [{"kind": "eval", "step": step, "loss": {"1": a, "1/2": b}} for step, (a, b) in curve.items()]
+    make(tmp_path, *(f"step_0000000{step}" for step in (4, 6, 8)))  # 2, the half width's second best, was pruned
+    for record in evals:
+        note_losses(tmp_path, record["step"], record["loss"])
+    assert read_best(tmp_path) == {"1": {"step": 8, "loss": 1.0}, "1/2": {"step": 8, "loss": 2.0}}
+    go_back(tmp_path, 6, evals)
+    assert read_best(tmp_path) == {"1": {"step": 4, "loss": 3.0}, "1/2": {"step": 6, "loss": 3.9}}
+    note_losses(tmp_path, 8, {"1": 3.2, "1/2": 3.8})
+    prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=True))
+    assert names_in(tmp_path) == {"step_00000004", "step_00000008"}
+    go_back(tmp_path, 8, [])
+    assert read_best(tmp_path) == {"1": {"step": 4, "loss": 3.0}, "1/2": {"step": 8, "loss": 3.8}}, (
+        "no record, no change"
+    )
+
+
+def test_a_run_without_validations_gets_no_file(tmp_path: Path) -> None:
+    go_back(tmp_path, 3, [])
+    assert list(tmp_path.iterdir()) == []
