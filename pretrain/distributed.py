@@ -139,6 +139,12 @@ def close_ranks() -> None:
     dist.destroy_process_group()
 
 
+def is_broken_link(error: RuntimeError) -> bool:
+    """Whether a collective raised it: gloo raises plain RuntimeErrors, NCCL its own."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Connection", "NCCL"))
+
+
 class Mpu:
     """megatron-core's groups under the names that DeepSpeed calls; pass it as `mpu`."""
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed import DistError
 
 from modeling.backbone import Backbone
 from modeling.checkpoint_reader import RunState
@@ -24,7 +23,7 @@ from pretrain.config import RunConfig
 from pretrain.config_io import config_to_yaml
 from pretrain.config_sections import ConfigError
 from pretrain.dataset_check import dataset_sha256
-from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks
+from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks, is_broken_link
 from pretrain.engine import Engine
 from pretrain.environment import check_environment
 from pretrain.hardware import compute_dtype
@@ -74,7 +73,7 @@ class Run:
     watchdog: Watchdog
     state: RunState
     saved_step: int = -1
-    """Step of the newest checkpoint that this start has begun to write."""
+    """Step of the newest checkpoint in the run's folder: the one that it goes on from, or that this start has begun to write."""
 
     @property
     def model(self) -> Backbone:
@@ -93,6 +92,9 @@ class Run:
 def train(run: Run) -> int:
     """Train until the last step, or until told to stop. Returns the exit code: 0, or EXIT_REQUEUE to be started again."""
     cfg = run.cfg
+    if run.state.step == cfg.optim.steps and not is_validated(run):  # the start before was ended after its last save
+        with run.watchdog.pause():
+            finish(run)
     while run.state.step < cfg.optim.steps:
         micro_batches = run.loader.next_step()
         loss = accumulate_gradients(run, micro_batches)  # every width on the same tokens, one reduction
@@ -118,12 +120,10 @@ def train(run: Run) -> int:
         with run.meter.pause(), run.watchdog.pause():
             # Saved before it is evaluated: a run told to stop may have seconds left.
             save(run, wait=last or bool(stop))
-            if run.due(cfg.logging.eval_every_steps) or last:
-                losses = evaluate(run)
-                if last and not all(map(math.isfinite, losses.values())):
-                    refuse_last(run, losses)
-                if last:
-                    run.saver.prune()
+            if last:
+                finish(run)
+            elif run.due(cfg.logging.eval_every_steps):
+                evaluate(run)
         run.progress.advance(run.state.step)
         run.watchdog.beat(run.state.step)
         if stop and not last:
@@ -232,18 +232,29 @@ def save(run: Run, *, wait: bool) -> None:
             run.report("event", {"step": run.state.step, **record})
 
 
-def refuse_last(run: Run, losses: dict[str, float]) -> None:
-    """Set the last checkpoint aside, whose validation `losses` are not finite, and raise NonFiniteError on all ranks.
+def is_validated(run: Run) -> bool:
+    """Whether the records have a validation of the step that the run stands at, finite at every width. Every rank must call."""
+    losses = [record["loss"].values() for record in run.writer.evals() if record["step"] == run.state.step]
+    return run.ranks.agree_any(any(all(map(math.isfinite, values)) for values in losses))
 
-    The next start goes on from the one before it, and does not find a finished run.
+
+def finish(run: Run) -> None:
+    """Validate the last step, and then remove what its checkpoint made old.
+
+    Where the validation is not finite at any width, that checkpoint is set aside and NonFiniteError raised on all ranks: the next
+    start goes on from the one before it, and does not find a finished run.
     """
-    folder = checkpoint_dir(run.cfg.run_dir) / step_name(run.state.step)
-    run.saver.settle()
-    run.ranks.attempt(lambda: set_aside([folder] if run.ranks.is_main else [], "not-finite"), (OSError,))
-    raise NonFiniteError(
-        f"the validation after the last step is not finite ({', '.join(f'{name}: {loss}' for name, loss in losses.items())}); "
-        f"{folder.name} is now not-finite-{folder.name}. {_ADVICE}"
-    )
+    losses = evaluate(run)
+    if all(map(math.isfinite, losses.values())):
+        run.saver.prune()
+        return
+    said = f"the validation after the last step is not finite ({', '.join(f'{name}: {loss}' for name, loss in losses.items())})"
+    if run.saved_step == run.state.step:
+        run.saver.settle()
+        folder = checkpoint_dir(run.cfg.run_dir) / step_name(run.state.step)
+        run.ranks.attempt(lambda: set_aside([folder] if run.ranks.is_main else [], "not-finite"), (OSError,))
+        said += f"; {folder.name} is now not-finite-{folder.name}"
+    raise NonFiniteError(f"{said}. {_ADVICE}")
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -300,6 +311,7 @@ def main(cfg: RunConfig) -> int:
     state = resume.resume(engine, cfg, ranks, dataset) or RunState()
     # Not before: a start that is refused leaves what the run's own files say.
     ranks.attempt(lambda: record_start(cfg) if ranks.is_main else None, (ConfigError,))
+    is_own = ranks.agree_any((checkpoint_dir(cfg.run_dir) / step_name(state.step)).is_dir())
     loader = task.loader(ranks, start=state.sequence)
     validation = task.validation(ranks)
     meter = StepMeter(cfg, ranks)
@@ -323,12 +335,13 @@ def main(cfg: RunConfig) -> int:
             stop=stop,
             watchdog=Watchdog(cfg.run_dir, ranks.rank, heartbeats=Heartbeats(ranks)),
             state=state,
+            saved_step=state.step if is_own else -1,
         )
         try:
             forget_later_bests(run)  # a start may take up an earlier step than the one before it had reached
             code = train(run)
         except RuntimeError as error:  # a collective fails where a rank is gone, and does not say which
-            lost = run.watchdog.lost_ranks() if _is_broken_link(error) else []
+            lost = run.watchdog.lost_ranks() if is_broken_link(error) else []
             if lost:
                 raise RankError(f"rank {ranks.rank}: {'; '.join(lost)}: lost ({error})") from error
             raise
@@ -342,12 +355,6 @@ def main(cfg: RunConfig) -> int:
         lock.release()
     close_ranks()
     return code
-
-
-def _is_broken_link(error: RuntimeError) -> bool:
-    """Whether a collective raised it: gloo raises plain RuntimeErrors, NCCL its own."""
-    text = str(error)
-    return isinstance(error, DistError) or any(word in text for word in ("gloo", "Connection", "NCCL"))
 
 
 def _mixer_path(cfg: RunConfig, device: torch.device, dtype: torch.dtype) -> str:

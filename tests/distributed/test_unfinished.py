@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.language_task import LanguageTask
+from pretrain.retention import read_best
 from tests.distributed.harness import RankFailedError, run_ranks
 from tests.distributed.test_checkpoints import events, steps_on_disk, train_over_bad_data
 from tests.distributed.toy_run import losses, run_config
@@ -73,11 +75,17 @@ def test_a_run_that_ends_in_a_streak_is_not_finished(dataset: Path, tmp_path: Pa
         run_ranks(1, train_over_bad_data, only, 0, 8)
 
 
-def train_to_a_loss_that_is_not_finite(cfg: RunConfig) -> int:
-    """The narrowest width's validation is not finite."""
+def train_and_be_killed_in(name: str, cfg: RunConfig) -> int:
+    """SIGKILL as soon as the trainer calls what it knows as `name`."""
+    setattr(train, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    return train.main(cfg)
+
+
+def train_to_a_loss_that_is_not_finite(cfg: RunConfig, killed_in: str = "") -> int:
+    """The narrowest width's validation is not finite; `killed_in` as in train_and_be_killed_in."""
     scores = LanguageTask.scores
     LanguageTask.scores = lambda *args: [*scores(*args)[:-1], {"loss": math.nan}]
-    return train.main(cfg)
+    return train_and_be_killed_in(killed_in, cfg) if killed_in else train.main(cfg)
 
 
 def test_a_last_validation_that_is_not_finite_is_no_end(dataset: Path, tmp_path: Path) -> None:
@@ -91,6 +99,44 @@ def test_a_last_validation_that_is_not_finite_is_no_end(dataset: Path, tmp_path:
     assert (root / "not-finite-step_00000004").is_dir()
     assert run_ranks(2, train.main, cfg) == [0, 0]
     assert steps_on_disk(cfg) == [4]
+
+
+def test_a_run_that_was_killed_before_its_last_validation_is_not_finished(dataset: Path, tmp_path: Path) -> None:
+    whole, killed = (
+        run_config(
+            dataset,
+            tmp_path / name,
+            optim={"steps": 4},
+            checkpoint={"every_steps": 3, "keep_last": 1, "keep_best": True},
+            logging={"eval_every_steps": 0},
+        )
+        for name in ("whole", "killed")
+    )
+    run_ranks(2, train.main, whole)
+    with pytest.raises(RankFailedError, match=f"-{signal.SIGKILL}"):
+        run_ranks(2, train_and_be_killed_in, "evaluate", killed)
+    assert steps_on_disk(killed) == [3, 4]
+    assert [kind for kind, _, _ in losses(killed)] == ["train"] * 4
+    assert run_ranks(2, train.main, killed) == [0, 0]
+    assert losses(killed) == losses(whole)
+    assert read_best(checkpoint_dir(killed.run_dir)) == read_best(checkpoint_dir(whole.run_dir)) != {}
+    assert steps_on_disk(killed) == [4]
+    assert run_ranks(2, train.main, killed) == [0, 0]
+    assert losses(killed) == losses(whole), "one that was validated is finished"
+
+
+def test_a_run_that_was_killed_before_its_last_checkpoint_was_refused_is_not_finished(
+    dataset: Path, tmp_path: Path
+) -> None:
+    cfg = run_config(
+        dataset, tmp_path, optim={"steps": 4}, checkpoint={"every_steps": 3}, logging={"eval_every_steps": 0}
+    )
+    with pytest.raises(RankFailedError, match=f"-{signal.SIGKILL}"):
+        run_ranks(1, train_to_a_loss_that_is_not_finite, cfg, "set_aside")
+    assert losses(cfg)[-1][:2] == ("eval", 4)
+    with pytest.raises(RankFailedError, match=r"last step is not finite .* is now not-finite-step_00000004"):
+        run_ranks(1, train_to_a_loss_that_is_not_finite, cfg)
+    assert steps_on_disk(cfg) == [3]
 
 
 def test_a_run_whose_only_checkpoint_was_refused_does_not_start_anew(dataset: Path, tmp_path: Path) -> None:
