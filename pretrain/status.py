@@ -48,10 +48,15 @@ class RunStatus:
 
     @property
     def state(self) -> str:
-        """finished, training, silent (no record for a while), stopped (with the reason), or not started."""
+        """finished, training, silent (no record for a while), stopped (with the reason), or not started.
+
+        A run at its last step whose last end that was noted had another exit code than 0 is not finished: its last checkpoint may
+        have been refused.
+        """
         if self.last is None:
             return self._stopped() or "not started"
-        if self.last["step"] >= self.n_steps:
+        last_end = next((event for event in reversed(self.events) if event["event"] == "end"), None)
+        if self.last["step"] >= self.n_steps and (last_end is None or last_end["code"] == 0):
             return "finished"
         age = time.time() - self.last["time"]
         stopped = self._stopped()

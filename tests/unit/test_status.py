@@ -63,6 +63,31 @@ def test_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "http" not in page, "loads something from elsewhere"
 
 
+@pytest.mark.parametrize(
+    ("ends", "state"),
+    [
+        ([], "finished"),
+        ([{"code": 75, "requeue": True, "why": "stopped in order"}, {"code": 0, "why": "finished"}], "finished"),
+        ([{"code": 0, "why": "finished"}, {}], "finished"),  # a start that finds nothing to do
+        ([{"code": 1, "requeue": False, "why": "crash loop: 2 starts"}], "stopped: crash loop: 2 starts"),
+        ([{"code": 1, "requeue": True, "why": "crashed with code 1"}], "requeued: crashed with code 1"),
+        ([{"code": 1, "requeue": True, "why": "crashed with code 1"}, {}], "training"),
+    ],
+    ids=["no job", "finished", "started again", "crash loop", "requeued", "running again"],
+)
+def test_a_run_at_its_last_step_is_finished_where_it_ended_in_order(
+    ends: list[dict[str, Any]], state: str, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", widths=[8], losses={"1": 2.5})
+    events: list[dict[str, Any]] = []
+    for end in ends:
+        events.append({"time": 0.0, "event": "start", "step": 0})
+        if end:  # else the job is still running
+            events.append({"time": 1.0, "event": "end", "step": 10, **end})
+    (tmp_path / "run" / "restarts.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert status.read_run(tmp_path / "run").state == state
+
+
 def test_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([str(tmp_path)]) == 2
     assert "no run in" in capsys.readouterr().err
