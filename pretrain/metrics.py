@@ -109,8 +109,9 @@ class StepMeter:
 class MetricsWriter:
     """Rank 0's records: one JSON object a line in run_dir/metrics.jsonl, and the same to Weights & Biases.
 
-    A resumed run first drops the lines after the step it resumes from, so that a curve has one value a step. On other
-    ranks (`enabled` false) nothing is written.
+    A resumed run first drops the lines after the step it resumes from, so that a curve has one value a step. Weights & Biases
+    takes nothing back: there a curve has the values of both passes over such a step, the later ones logged later. On other ranks
+    (`enabled` false) nothing is written.
     """
 
     def __init__(self, cfg: RunConfig, *, start_step: int, enabled: bool) -> None:
@@ -129,7 +130,7 @@ class MetricsWriter:
         if self._file is not None:
             self._file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **record}) + "\n")
         if self._wandb is not None:
-            self._wandb.log(_flatten(kind, record), step=record["step"])
+            self._wandb.log(_flatten(kind, record))
 
     def go_back(self, step: int) -> None:
         """Drop what was recorded after `step`, which the run is about to take again; its events stay."""
@@ -180,7 +181,7 @@ def _start_wandb(cfg: RunConfig) -> Any:
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
     os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
+    run = wandb.init(
         project=cfg.logging.wandb_project,
         name=folder.name,
         id=id_file.read_text().strip(),
@@ -188,13 +189,17 @@ def _start_wandb(cfg: RunConfig) -> Any:
         mode=cfg.logging.wandb,
         dir=str(folder),
     )
+    # Not W&B's own count of steps, which must not fall: what is logged at a lower one is dropped without an error.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _flatten(kind: str, record: Record) -> dict[str, Any]:
+    """The record for W&B; its "step" is what every other key is drawn over."""
     flat: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, dict):
             flat.update({f"{kind}/{key}_{name}": item for name, item in value.items()})
-        elif key != "step":
-            flat[f"{kind}/{key}"] = value
+        else:
+            flat["step" if key == "step" else f"{kind}/{key}"] = value
     return flat

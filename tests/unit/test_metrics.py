@@ -2,6 +2,8 @@
 
 import json
 import logging
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +70,14 @@ def test_wandb_gets_flat_records_under_a_kept_run_id(
     import wandb
 
     calls: list[dict[str, Any]] = []
-    logged: list[tuple[dict[str, Any], int]] = []
+    logged: list[dict[str, Any]] = []
 
     class FakeRun:
-        def log(self, values: dict[str, Any], step: int) -> None:
-            logged.append((values, step))
+        def define_metric(self, name: str, step_metric: str) -> None:
+            assert (name, step_metric) == ("*", "step")
+
+        def log(self, values: dict[str, Any]) -> None:
+            logged.append(values)
 
         def finish(self) -> None:
             pass
@@ -86,7 +91,7 @@ def test_wandb_gets_flat_records_under_a_kept_run_id(
     (tmp_path / "wandb_id").write_text("abc12345")
     write_steps(offline, 0, range(1, 2))
     assert (calls[0]["id"], calls[0]["resume"], calls[0]["mode"]) == ("abc12345", "allow", "offline")
-    assert logged[0] == ({"train/tokens": 256, "train/loss_1": 3.9, "train/loss_1/2": 4.5}, 1)
+    assert logged[0] == {"step": 1, "train/tokens": 256, "train/loss_1": 3.9, "train/loss_1/2": 4.5}
 
 
 def test_wandb_offline_writes_a_run_that_can_be_synced_later(cfg: RunConfig, tmp_path: Path) -> None:
@@ -95,6 +100,50 @@ def test_wandb_offline_writes_a_run_that_can_be_synced_later(cfg: RunConfig, tmp
     assert len(runs) == 1
     assert runs[0].stat().st_size > 0
     assert (tmp_path / "wandb_id").read_text() in runs[0].name
+
+
+def wandb_records(data: bytes) -> Iterator[Any]:
+    """The protobuf records in a file of W&B's, which has LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    position, parts = 7, b""
+    while position + 7 <= len(data):
+        block_left = 32768 - position % 32768
+        if block_left < 7:
+            position += block_left
+            continue
+        size, part = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if part in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """What was logged, once W&B's own process has written the file to its end."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        records = list(wandb_records(path.read_bytes()))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+            return [
+                {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in rows
+            ]
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not written to its end")
+
+
+def test_wandb_gets_the_steps_that_are_trained_again(cfg: RunConfig, tmp_path: Path) -> None:
+    writer = MetricsWriter(replace(cfg, logging=replace(cfg.logging, wandb="offline")), start_step=0, enabled=True)
+    for attempt in (1.0, 2.0):
+        for step in range(2, 5):
+            writer.write("train", {"step": step, "loss": {"1": attempt + step / 10}})
+        writer.go_back(1)
+    writer.close()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    seen = [(row["step"], row["train/loss_1"]) for row in wandb_history(path)]
+    assert seen == [(2, 1.2), (3, 1.3), (4, 1.4), (2, 2.2), (3, 2.3), (4, 2.4)]
 
 
 @pytest.mark.parametrize(
