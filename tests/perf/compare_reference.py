@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,30 +206,29 @@ def rows_of(
     return rows
 
 
-def compare(name: str, args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
-    """All rows of one model: ours and the reference's, ours at other lengths, ours in less memory."""
+def compare(name: str, args: argparse.Namespace, rate: float) -> Iterator[list[dict[str, Any]]]:
+    """All rows of one model, ours and the reference's, ours at other lengths, ours in less memory: those that there are, each time
+    that there are more. The reference comes last, whose kernels tune for minutes."""
     model, launched = model_of(config_of(name))
     build = partial(ours, launched)
     mine = measure(build, name, tokens_of(name, SEQUENCE), args.steps)
     others: list[dict[str, Any]] = []
+    yield rows_of(name, mine, None, rate)
     for sequence in args.longer:
         longer = measure(build, name, tokens_of(name, sequence), args.steps, levels=())
         others += rows_of(name, longer, None, rate, sequence=sequence)
+        yield [*rows_of(name, mine, None, rate), *others]
     for mode in args.recompute:
         recompute(model, "inside" if mode == "selective" else mode)
         again = measure(build, name, tokens_of(name, SEQUENCE), args.steps, levels=())
         others += rows_of(name, again, None, rate, mode=mode)
+        yield [*rows_of(name, mine, None, rate), *others]
     del model, launched, build
     gc.collect()
     torch.cuda.empty_cache()
-    theirs = None
     if args.reference is not None:
         theirs = measure(reference, name, tokens_of(name, SEQUENCE), args.steps)
-    rows = [*rows_of(name, mine, theirs, rate), *others]
-    for row in rows:
-        if row["width"] == "joint":
-            print(json.dumps(row), flush=True)
-    return rows
+        yield [*rows_of(name, mine, theirs, rate), *others]
 
 
 def main() -> None:
@@ -254,10 +253,15 @@ def main() -> None:
     rate = matmul_rate()
     print(f"8192-cubed bfloat16 product: {rate / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in args.models:
-        rows += compare(name, args, rate)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+        done = rows
+        for found in compare(name, args, rate):
+            for row in found:
+                if row["width"] == "joint" and row not in rows:
+                    print(json.dumps(row), flush=True)
+            rows = [*done, *found]
+            args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
     print(
         "\n| model | width | sequence | recompute | reference tok/s | ours tok/s | ratio (goal) | MFU | GiB: reference | ours |"
     )
