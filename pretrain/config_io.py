@@ -26,13 +26,34 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data alone, and no key twice in a mapping: YAML forbids it, PyYAML takes the last and drops what came before."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Before `<<` is resolved: a key may replace one that it merges in.
+        node = super().compose_mapping_node(anchor)
+        marks: dict[tuple[str, str], yaml.Mark] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name = (key.tag, key.value)
+            if name in marks:
+                raise yaml.YAMLError(
+                    f"line {key.start_mark.line + 1}: {key.value} is given twice, first in line {marks[name].line + 1}: "
+                    "leave one, or join them"
+                )
+            marks[name] = key.start_mark
+        return node
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that the YAML file at `path` describes, with `a.b=value` overrides applied (values are YAML too).
 
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest), an ill-typed or an invalid value.
+    Raises ConfigError for an unreadable file, a key given twice, an unknown key (naming the nearest), an ill-typed or an
+    invalid value.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.load(Path(path).read_text(), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     _require(isinstance(raw, dict), f"config {path}: must be a mapping of sections")
@@ -74,7 +95,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     _require(bool(equals) and bool(key), f"override {override!r}: write section.field=value")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     *sections, name = key.split(".")

@@ -132,6 +132,32 @@ def test_unreadable_file(tmp_path: Path, text: str) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lr: 1.0\ndata: {}\noptim:\n  steps: 5\n", "line 4: optim is given twice, first in line 1"),
+        ("optim:\n  lr: 1.0\n  steps: 5\n  lr: 2.0\n", "line 4: lr is given twice, first in line 2"),
+        ("model: {widths: [16],\n widths: [8]}\n", "line 2: widths is given twice, first in line 1"),
+    ],
+    ids=["section", "key", "in braces"],
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"run\.yaml cannot be read: {message}"):
+        load_config(path)
+    path.write_text(yaml.safe_dump(base()))
+    with pytest.raises(ConfigError, match=r"override .*: line 1: lr is given twice"):
+        load_config(path, ["optim={lr: 1.0, steps: 5, lr: 2.0}"])
+
+
+def test_a_key_may_replace_one_that_it_merges_in(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(base()) + "stability: {<<: {max_skips: 3, spike_window: 9}, max_skips: 4}\n")
+    stability = load_config(path).stability
+    assert (stability.max_skips, stability.spike_window) == (4, 9)
+
+
 def test_written_config_reads_back_equal(tmp_path: Path) -> None:
     cfg = config_from_dict(changed("nesting.loss_weights", [0.75, 0.25]))
     path = tmp_path / "config.yaml"
