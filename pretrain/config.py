@@ -66,11 +66,14 @@ class RunConfig:
     """auto: replay each width's forward and backward as a CUDA graph where that can be (pretrain.passes says why not).
     never: launch every kernel. (Not `off`: YAML reads that as false.)"""
     seed: int = 1337
-    """Seeds initial weights, data order, augmentation, dropout, the sandwich draw and mixes."""
+    """Seeds initial weights, data order, augmentation, dropout, the sandwich draw and mixes; 0 to 2^32 - 1."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms: two runs are bitwise equal, at some cost on a GPU."""
 
     def __post_init__(self) -> None:
+        require(bool(self.run_dir), "run_dir is empty: name a folder for what the run writes")
+        # Weights are drawn from generators whose 64 bits are the seed and a hash of the parameter's name.
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: must lie in 0 to {2**32 - 1}")
         n_widths = len(self.model.widths)
         weights = self.nesting.loss_weights
         require(

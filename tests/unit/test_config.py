@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from modeling.language import LanguageModel
+from pretrain.config import LanguageRunConfig
 from pretrain.config_io import config_from_dict, config_to_yaml, load_config
 from pretrain.config_sections import ConfigError
 
@@ -28,7 +30,7 @@ BAD_VALUES = [
     ("checkpoint.every_steps", -1), ("checkpoint.keep_last", 0),
     ("logging.every_steps", 0), ("logging.eval_every_steps", -1), ("logging.eval_sequences", -1),
     ("logging.wandb", "maybe"), ("logging.peak_tflops", -1.0),
-    ("precision", "fp16"),
+    ("precision", "fp16"), ("run_dir", ""), ("seed", -1), ("seed", 2**32),
     *((key, value) for value in (float("inf"), float("nan"), ".inf", "inf") for key in (
         "optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm", "nesting.distill_weight",
         "nesting.distill_temperature", "stability.spike_factor", "checkpoint.stop_margin_s", "logging.peak_tflops",
@@ -156,6 +158,12 @@ def test_a_key_may_replace_one_that_it_merges_in(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(base()) + "stability: {<<: {max_skips: 3, spike_window: 9}, max_skips: 4}\n")
     stability = load_config(path).stability
     assert (stability.max_skips, stability.spike_window) == (4, 9)
+
+
+def test_the_largest_seed_draws_weights() -> None:
+    cfg = config_from_dict(changed("seed", 2**32 - 1))
+    assert isinstance(cfg, LanguageRunConfig)
+    LanguageModel(cfg.model).init_weights(cfg.seed)
 
 
 def test_written_config_reads_back_equal(tmp_path: Path) -> None:
