@@ -101,9 +101,9 @@ def check_layer_widths(widths: Sequence[int], n_heads: int, n_layers: int, tp: i
         local_heads(width, tp)
 
 
-def allowed_tp(widths: Sequence[int]) -> list[int]:
-    """Every tensor-parallel size that divides each of `widths`."""
-    return [tp for tp in range(1, min(widths) + 1) if all(width % tp == 0 for width in widths)]
+def allowed_tp(counts: Sequence[int]) -> list[int]:
+    """Every tensor-parallel size that divides each of `counts`: of heads, of embedding rows."""
+    return [tp for tp in range(1, min(counts) + 1) if all(count % tp == 0 for count in counts)]
 
 
 def local_heads(n_heads: int, tp: int) -> int:

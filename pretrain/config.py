@@ -5,10 +5,11 @@ Derived numbers are properties, never stored, so that no two places can disagree
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from modeling.config import BackboneConfig, LanguageConfig
+from modeling.config import VOCAB_MULTIPLE, BackboneConfig, LanguageConfig
 from modeling.flops import training_flops_per_token
 from modeling.nesting import LayerWidths, allowed_tp
 from pretrain.config_sections import (
@@ -86,17 +87,21 @@ class RunConfig:
             require(n_widths >= 2, "nesting.distill_weight needs a narrower width to teach; model.widths has one")
         if self.nesting.mix_rate:
             require(n_widths >= 2, "nesting.mix_rate needs two widths to mix; model.widths has one")
-        allowed = allowed_tp(self.model.widths)
         require(
-            self.parallel.tensor in allowed,
+            self.parallel.tensor in allowed_tp(self.model.widths),
             f"parallel.tensor={self.parallel.tensor} does not divide every width of {list(self.model.widths)} heads: "
-            f"use one of {allowed} or drop a width",
+            f"use one of {self.allowed_tensor} or drop a width",
         )
         require(
             not self.parallel.sequence or self.tokens_per_pass % self.parallel.tensor == 0,
             f"parallel.sequence: parallel.tensor={self.parallel.tensor} does not divide the {self.tokens_per_pass} tokens of "
             "a micro-batch: choose another data.micro_batch",
         )
+
+    @property
+    def allowed_tensor(self) -> list[int]:
+        """Every parallel.tensor that the model can be split by."""
+        return allowed_tp(self.model.widths)
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -201,6 +206,22 @@ class LanguageRunConfig(RunConfig):
     task: Literal["language"] = "language"
     model: LanguageConfig
     data: DataConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, tp = self.model.n_vocab_rows, self.parallel.tensor
+        enough = math.lcm(tp, VOCAB_MULTIPLE)
+        require(
+            rows % tp == 0,
+            f"parallel.tensor={tp} does not divide the embedding's {rows} rows (model.vocab_size={self.model.vocab_size}, "
+            f"rounded up to a multiple of {VOCAB_MULTIPLE}): use one of {self.allowed_tensor}, or "
+            f"model.vocab_size={-(-rows // enough) * enough}",
+        )
+
+    @property
+    def allowed_tensor(self) -> list[int]:
+        """See RunConfig: the embedding's rows are split as well."""
+        return allowed_tp([*self.model.widths, self.model.n_vocab_rows])
 
     @property
     def tokens_per_sequence(self) -> int:

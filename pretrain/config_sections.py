@@ -145,7 +145,7 @@ class ParallelConfig:
     """How the run is laid over ranks; data parallelism takes what tensor parallelism leaves."""
 
     tensor: int = 1
-    """Tensor-parallel ranks; must divide every trained width's head count."""
+    """Tensor-parallel ranks; must divide every trained width's head count and a language model's embedding rows."""
     sequence: bool = False
     """Between mixers, split the tokens over the tensor-parallel ranks instead of keeping all of them on each."""
     peer_copies: Literal["auto", "never"] = "auto"

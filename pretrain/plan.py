@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
-from modeling import nesting
 from modeling.flops import local_parameters, training_flops_per_token
 from pretrain.collectives import collectives, passes_per_step, widths_of_a_step
 from pretrain.config import LanguageRunConfig
@@ -124,7 +123,7 @@ def plan(cfg: LanguageRunConfig, cluster: Cluster) -> list[Plan]:
     memories = [(candidate, estimate(candidate, cluster.world_size)) for candidate in _layouts(cfg, cluster)]
     if not memories:
         raise ConfigError(
-            f"{cluster.world_size} GPUs: no tensor-parallel size in {nesting.allowed_tp(cfg.model.widths)} with any "
+            f"{cluster.world_size} GPUs: no tensor-parallel size in {cfg.allowed_tensor} with any "
             f"micro-batch divides a step of {cfg.data.sequences_per_step} sequences: change data.tokens_per_step"
         )
     fitting = [predict(candidate, cluster, memory) for candidate, memory in memories if memory.total <= room]
@@ -138,7 +137,7 @@ def plan(cfg: LanguageRunConfig, cluster: Cluster) -> list[Plan]:
 
 
 def _layouts(cfg: LanguageRunConfig, cluster: Cluster) -> Iterator[LanguageRunConfig]:
-    for tp in nesting.allowed_tp(cfg.model.widths):
+    for tp in cfg.allowed_tensor:
         dp, rest = divmod(cluster.world_size, tp)
         per_rank, uneven = divmod(cfg.data.sequences_per_step, max(dp, 1))
         if rest or uneven or tp > cluster.world_size:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from modeling.language import LanguageModel
+from modeling.tensor_parallel import TensorParallel
 from pretrain.config import LanguageRunConfig
 from pretrain.config_io import config_from_dict, config_to_yaml, load_config
 from pretrain.config_sections import ConfigError
@@ -99,6 +100,25 @@ def test_distillation_needs_shared_draws_and_a_student() -> None:
 def test_loader_names_key_and_way_out(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_dict(changed(key, value))
+
+
+def test_tensor_parallelism_must_divide_the_embedding_too() -> None:
+    raw = changed("model", {"n_layers": 2, "d_model": 32, "headdim": 4, "n_heads": 24, "widths": [24, 12, 6]})
+    raw["model"]["vocab_size"], raw["parallel"] = 2000, {"tensor": 3}
+    # 2,000 is rounded up to 2,048 rows; 2,304 is the next multiple of 128 and 3.
+    with pytest.raises(
+        ConfigError, match=r"3 does not divide the embedding's 2048 rows .* one of \[1, 2\], or"
+    ) as caught:
+        config_from_dict(raw)
+    assert str(caught.value).endswith("model.vocab_size=2304")
+    raw["parallel"]["tensor"] = 4
+    with pytest.raises(ConfigError, match=r"every width of \[24, 12, 6\] heads: use one of \[1, 2\] or drop a width"):
+        config_from_dict(raw)
+    raw["model"]["vocab_size"], raw["parallel"]["tensor"] = 2304, 3
+    cfg = config_from_dict(raw)
+    assert isinstance(cfg, LanguageRunConfig)
+    model = LanguageModel(cfg.model, tp=TensorParallel(size=cfg.parallel.tensor))
+    assert model.embedding.shape[0] == 768
 
 
 def test_missing_keys_are_all_named() -> None:

@@ -159,6 +159,14 @@ def test_gathered_widths_send_less_and_are_planned_with() -> None:
     assert gathered.memory.total > split.memory.total
 
 
+def test_only_layouts_that_split_the_embedding_are_planned() -> None:
+    """24, 12 and 6 heads divide by 3 and by 6 too; 50,176 rows do not, 50,304 do."""
+    heads = ["model.n_heads=24", "model.widths=[24,12,6]", "data.tokens_per_step=393216"]
+    for vocab_size, sizes in ((50176, {1, 2}), (50304, {1, 2, 3, 6})):
+        found = plan(config("130m", *heads, f"model.vocab_size={vocab_size}"), cluster(1, 6))
+        assert {layout.cfg.parallel.tensor for layout in found} == sizes
+
+
 def test_what_cannot_be_planned_is_said() -> None:
     with pytest.raises(ConfigError, match="no layout fits A100"):
         plan(config("1b4", "model.n_layers=4000"), cluster(1, 8, "A100"))
