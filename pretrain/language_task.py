@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -95,9 +96,25 @@ def submodel_losses(
         tokens_bt, targets_bt = batch.tokens_bt.to(ranks.device), batch.targets_bt.to(ranks.device)
         seq_idx_bt = None if batch.seq_idx_bt is None else batch.seq_idx_bt.to(ranks.device)
         for i, widths in enumerate(submodels):
-            hidden_btd = model(tokens_bt, widths, seq_idx_bt=seq_idx_bt)
+            hidden_btd = hidden_states(model, tokens_bt, widths, seq_idx_bt)
             sums[i] += n_tokens * next_token_loss(model, hidden_btd, targets_bt).cross_entropy.double().cpu()
         sums[-1] += n_tokens
     # Ranks of one replica hold the same sums; adding all of them leaves the ratio as it is.
     dist.all_reduce(sums, group=ranks.cpu_group)
     return [float(total / sums[-1]) for total in sums[:-1]]
+
+
+def hidden_states(
+    model: LanguageModel, tokens_bt: Tensor, widths: LayerWidths, seq_idx_bt: Tensor | None = None
+) -> Tensor:
+    """The final hidden states of any number of sequences, also where sequence parallelism wants whole shares of tokens.
+
+    All ranks of the model's replica must call.
+    """
+    b, t = tokens_bt.shape
+    # Up to the next number of sequences whose tokens divide; a sequence does not see the others.
+    missing = -b % (model.tp.size // math.gcd(model.tp.size, t)) if model.tp.sequence else 0
+    if missing:
+        tokens_bt = torch.cat([tokens_bt, tokens_bt[:1].expand(missing, -1)])
+        seq_idx_bt = None if seq_idx_bt is None else torch.cat([seq_idx_bt, seq_idx_bt[:1].expand(missing, -1)])
+    return model(tokens_bt, widths, seq_idx_bt=seq_idx_bt)[:b]

@@ -288,3 +288,19 @@ def test_validation_does_not_depend_on_the_number_of_ranks(dataset: Path, tmp_pa
         cfg = run_config(dataset, tmp_path / str(world_size), optim={"steps": 3})
         results.append(run_ranks(world_size, evaluation, cfg)[0][-1]["loss"])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_validation_fits_where_its_last_batch_does_not_divide_by_tp(dataset: Path, tmp_path: Path) -> None:
+    """Sequences of 32 tokens over 3 ranks: micro-batches of 3 divide, the last 2 of 8 do not."""
+    results = []
+    for tp in (1, 3):
+        cfg = run_config(
+            dataset,
+            tmp_path / str(tp),
+            model={"n_heads": 12, "widths": [12, 6], "vocab_size": 384},
+            data={"micro_batch": 3, "tokens_per_step": 192, "reset_at_documents": True},
+            optim={"steps": 3},
+            parallel={"tensor": tp, "sequence": tp > 1},
+        )
+        results.append(run_ranks(tp, evaluation, cfg)[0][-1]["loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
