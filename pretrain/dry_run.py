@@ -10,7 +10,7 @@ from modeling.flops import local_parameters, submodel_parameters
 from modeling.models import build_model
 from modeling.nesting import width_name
 from modeling.tensor_parallel import TensorParallel
-from pretrain.collectives import collectives
+from pretrain.collectives import collectives, widths_of_a_step
 from pretrain.config import RunConfig
 from pretrain.memory import estimate
 
@@ -37,7 +37,9 @@ def print_dry_run(cfg: RunConfig, world_size: int) -> None:
     unit = "images" if cfg.task == "vision" else "sequences"
     draws, samples, each = cfg.draws_per_micro_batch, cfg.samples_per_step, cfg.tokens_per_sequence
     total = cfg.optim.steps * samples
-    joint = sum(cfg.training_flops(cfg.model.layer_widths(n)) for n in cfg.model.widths)
+    widths = widths_of_a_step(cfg)
+    # Where each width draws its own samples, one of them sees a sample; else all do.
+    flops = sum(cfg.training_flops(cfg.model.layer_widths(n)) for n in widths) / draws
     whole = submodel_parameters(cfg.model, cfg.model.layer_widths(cfg.model.n_heads)).total
     checkpoint = cfg.checkpoint_bytes(whole)
     rows = {
@@ -46,10 +48,11 @@ def print_dry_run(cfg: RunConfig, world_size: int) -> None:
         "steps": f"{cfg.optim.steps:,} of {samples:,} {unit} of {each:,} tokens = {total:,} {unit}, "
         f"{total * each / 1e9:,.2f}B tokens",
         "a step on a rank": f"{accumulation} micro-batches of {cfg.data.micro_batch} x {each} tokens "
-        f"({cfg.tokens_per_pass:,}), {len(cfg.model.widths)} widths each"
+        f"({cfg.tokens_per_pass:,}), {len(widths)} widths each"
         + (", every width on its own" if draws > 1 else "")
         + ", gradients reduced once",
-        "training compute": f"{joint * total / draws:.3g} FLOPs over all widths, {joint / each / 1e9:,.2f} GFLOP a token",
+        "training compute": f"{flops * total:.3g} FLOPs over the widths that train, {flops / each / 1e9:,.2f} GFLOP a token"
+        + _drawn(cfg),
         "checkpoint": f"{checkpoint / GIB:.2f} GiB "
         f"each, {cfg.checkpoint.keep_last} kept, every {cfg.checkpoint.every_steps:,} steps",
     }
@@ -59,6 +62,11 @@ def print_dry_run(cfg: RunConfig, world_size: int) -> None:
     console.print(grid)
     console.print(_memory_table(cfg, world_size))
     console.print(_collectives_table(cfg, world_size))
+
+
+def _drawn(cfg: RunConfig) -> str:
+    """What the numbers take a sandwich's drawn width for."""
+    return "; a drawn width counts as the widest that it can be" if cfg.nesting.rule == "sandwich" else ""
 
 
 def plain_console() -> Console:
@@ -122,10 +130,12 @@ def _collectives_table(cfg: RunConfig, world_size: int) -> Table | str:
     listed = collectives(cfg, world_size)
     if not listed:
         return "collectives: none, one rank"
-    widths = cfg.model.widths
+    widths = widths_of_a_step(cfg)
     n_gathered = sum(n_heads <= cfg.gathered_heads for n_heads in widths)
     cost = f"; mixers of the narrowest {n_gathered}, whose weights are gathered, send nothing" if n_gathered else ""
-    table = Table(title=f"Collectives of a rank (a pass: one of {len(widths)} widths over a micro-batch{cost})")
+    table = Table(
+        title=f"Collectives of a rank (a pass: one of {len(widths)} widths over a micro-batch{cost}{_drawn(cfg)})"
+    )
     for column in ("over", "what", "operation"):
         table.add_column(column)
     for column in ("calls a pass", "passes a step", "calls a step", "MiB each", "GiB a step"):

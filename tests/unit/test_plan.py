@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from modeling.config import LanguageConfig
+from modeling.flops import training_flops_per_token
 from pretrain.__main__ import main
 from pretrain.collectives import collectives
 from pretrain.config import RunConfig
@@ -218,3 +220,22 @@ def test_the_dry_run_prints_memory_and_collectives(capsys: pytest.CaptureFixture
     assert "0 ranks: there must be at least one" in capsys.readouterr().err
     assert main(["--dry-run", path]) == 0
     assert "collectives: none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("draw", ["shared", "separate"])
+def test_the_dry_run_of_a_sandwich_counts_what_trains(draw: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """64, 8 and one of 32 and 16 heads on 0.5M tokens each, in each of 1,000 steps."""
+    sandwich = ["nesting.rule=sandwich", f"nesting.draw={draw}", "optim.steps=1000"]
+    layout = ["parallel.tensor=2", "parallel.sequence=true"]
+    path = str(REPOSITORY / "configs/lm_1b4.yaml")
+    assert main(["--dry-run", path, "--world-size", "2", *sandwich, *layout]) == 0
+    printed = capsys.readouterr().out
+    model = config("1b4").model
+    assert isinstance(model, LanguageConfig)
+    a_token = sum(training_flops_per_token(model, (heads,) * model.n_layers) for heads in (64, 32, 8))
+    assert f"{a_token * 1000 * 524_288:.3g} FLOPs over the widths that train" in printed
+    assert f"{a_token / (3 if draw == 'separate' else 1) / 1e9:.2f} GFLOP a token" in printed
+    assert ", 3 widths each" in printed
+    assert "one of 3 widths" in printed
+    assert "mixers of the narrowest 2" in printed
+    assert " ".join(printed.split()).count("a drawn width counts as the widest that it can be") == 2
