@@ -1,7 +1,7 @@
 """One table and one plot of a folder of runs: `python -m pretrain.sweep runs/sweep`.
 
 Each trained width of each run is a row, by the parameters that width uses; a run of one width is a separately trained
-model to hold against the nested run's width of the same size.
+model to hold against the nested run's width of the same size, once both were validated after as many tokens.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
 from modeling.flops import submodel_parameters
 from modeling.nesting import uniform, width_name
-from pretrain.config_io import config_from_dict
+from pretrain.config_io import load_config
 from pretrain.config_sections import ConfigError
 from pretrain.metrics import read_metrics
 from pretrain.status import find_runs
@@ -27,6 +26,7 @@ class Row:
     """The last validation of one width of one run."""
 
     run: str
+    """The run's folder, from the sweep's on."""
     nested: bool
     width: str
     d_model: int
@@ -34,6 +34,7 @@ class Row:
     heads: int
     parameters: int
     tokens: int
+    """The run's; where its widths draw their own, a width's share."""
     loss: float
 
 
@@ -41,7 +42,7 @@ def collect(folder: Path) -> list[Row]:
     """Every width of every run in `folder` that has been validated, by size. Raises ConfigError where a config is unreadable."""
     rows = []
     for run in find_runs(folder):
-        cfg = config_from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+        cfg = load_config(run / "config.yaml")
         metrics = run / "metrics.jsonl"
         evals = [r for r in read_metrics(metrics) if r["kind"] == "eval"] if metrics.exists() else []
         if not evals:
@@ -51,14 +52,14 @@ def collect(folder: Path) -> list[Row]:
             parameters = submodel_parameters(cfg.model, uniform(heads, cfg.model.n_layers)).total
             rows.append(
                 Row(
-                    run=run.name,
+                    run=run.name if run == folder else run.relative_to(folder).as_posix(),
                     nested=len(cfg.model.widths) > 1,
                     width=name,
                     d_model=cfg.model.d_model,
                     n_layers=cfg.model.n_layers,
                     heads=heads,
                     parameters=parameters,
-                    tokens=evals[-1]["tokens"],
+                    tokens=evals[-1]["tokens"] // cfg.draws_per_micro_batch,
                     loss=evals[-1]["loss"][name],
                 )
             )
@@ -66,20 +67,38 @@ def collect(folder: Path) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The rows, and beside each nested width what the separate model of the same shape reached."""
-    separate = {(row.d_model, row.n_layers, row.heads): row.loss for row in rows if not row.nested}
+    """The rows, and beside each nested width what every separate model of the same shape reached.
+
+    A difference is of losses after as many tokens; else the cell names the run that is behind.
+    """
+    separate = defaultdict(list)
+    for row in rows:
+        if not row.nested:
+            separate[_shape(row)].append(row)
     lines = [
         "| run | width | parameters | tokens | validation loss | trained separately | difference |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        alone = separate.get((row.d_model, row.n_layers, row.heads)) if row.nested else None
-        beside = "" if alone is None else f"{alone:.4f}"
-        difference = "" if alone is None else f"{row.loss - alone:+.4f}"
+        beside = separate[_shape(row)] if row.nested else []
+        names = [f" ({alone.run})" if len(beside) > 1 else "" for alone in beside]
+        losses = ", ".join(f"{alone.loss:.4f}{name}" for alone, name in zip(beside, names, strict=True))
+        differences = ", ".join(_difference(row, alone) + name for alone, name in zip(beside, names, strict=True))
         lines.append(
-            f"| {row.run} | {row.width} | {row.parameters:,} | {row.tokens:,} | {row.loss:.4f} | {beside} | {difference} |"
+            f"| {row.run} | {row.width} | {row.parameters:,} | {row.tokens:,} | {row.loss:.4f} | {losses} | {differences} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _shape(row: Row) -> tuple[int, ...]:
+    """What a nested width and a model trained separately have in common where they are the same network."""
+    return row.d_model, row.n_layers, row.heads, row.parameters
+
+
+def _difference(nested: Row, alone: Row) -> str:
+    if nested.tokens == alone.tokens:
+        return f"{nested.loss - alone.loss:+.4f}"
+    return f"{min(nested, alone, key=lambda row: row.tokens).run} is behind"
 
 
 def plot(rows: list[Row], png: Path) -> None:
@@ -111,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         rows = collect(args.folder)
-    except (ConfigError, OSError, yaml.YAMLError) as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not rows:

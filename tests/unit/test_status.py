@@ -13,20 +13,30 @@ from pretrain import status, sweep
 from pretrain.config_io import config_from_dict, config_to_yaml
 
 
-def write_run(folder: Path, *, widths: list[int], losses: dict[str, float], n_heads: int = 0, steps: int = 10) -> None:
+def write_run(
+    folder: Path,
+    *,
+    widths: list[int],
+    losses: dict[str, float],
+    n_heads: int = 0,
+    steps: int = 10,
+    tokens: int = 640,
+    draw: str = "shared",
+) -> None:
     raw: dict[str, Any] = {
         "run_dir": str(folder),
         "model": {"n_layers": 2, "d_model": 64, "headdim": 16, "n_heads": n_heads, "widths": widths, "vocab_size": 64},
         "data": {"path": "shards", "seq_len": 32, "tokens_per_step": 64, "micro_batch": 2},
         "optim": {"lr": 1e-2, "steps": 10, "warmup_steps": 2},
+        "nesting": {"draw": draw},
     }
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config_to_yaml(config_from_dict(raw)))
     train = {
-        "kind": "train", "time": time.time(), "step": steps, "tokens": 640, "loss": losses, "tokens_per_s": 1234.0,
+        "kind": "train", "time": time.time(), "step": steps, "tokens": tokens, "loss": losses, "tokens_per_s": 1234.0,
         "mfu": None, "eta_s": 60.0, "memory_gib": 1.0,
     }  # fmt: skip
-    evaluated = {"kind": "eval", "time": time.time(), "step": steps, "tokens": 640, "loss": losses}
+    evaluated = {"kind": "eval", "time": time.time(), "step": steps, "tokens": tokens, "loss": losses}
     (folder / "metrics.jsonl").write_text(json.dumps(train) + "\n" + json.dumps(evaluated) + "\n")
 
 
@@ -103,6 +113,40 @@ def test_sweep_puts_separate_models_beside_nested_widths(tmp_path: Path) -> None
     parameters = {(r["run"], r["width"]): r["parameters"] for r in json.loads((tmp_path / "sweep.json").read_text())}
     assert parameters["nested", "1/2"] == parameters["half", "1"]
     assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def differences(folder: Path) -> dict[tuple[str, str], list[str]]:
+    """The last two columns of the sweep's table, by run and width."""
+    assert sweep.main([str(folder)]) == 0
+    cells = [[cell.strip() for cell in line.split("|")] for line in (folder / "sweep.md").read_text().splitlines()]
+    return {(row[1], row[2]): row[6:8] for row in cells}
+
+
+def test_sweep_subtracts_only_what_saw_as_many_tokens(tmp_path: Path) -> None:
+    write_run(tmp_path / "nested", widths=[8, 4], losses={"1": 2.5, "1/2": 2.75}, tokens=512)
+    write_run(tmp_path / "whole", widths=[8], losses={"1": 2.4}, tokens=640)
+    write_run(tmp_path / "half", widths=[4], n_heads=4, losses={"1": 2.70}, tokens=384)
+    found = differences(tmp_path)
+    assert found["nested", "1"] == ["2.4000", "nested is behind"]
+    assert found["nested", "1/2"] == ["2.7000", "half is behind"]
+
+
+def test_sweep_counts_a_widths_own_tokens(tmp_path: Path) -> None:
+    """Of two widths that draw their own, each saw half of the run's."""
+    write_run(tmp_path / "nested", widths=[8, 4], losses={"1": 2.5, "1/2": 2.75}, tokens=1280, draw="separate")
+    write_run(tmp_path / "half", widths=[4], n_heads=4, losses={"1": 2.70}, tokens=640)
+    assert differences(tmp_path)["nested", "1/2"] == ["2.7000", "+0.0500"]
+
+
+def test_sweep_names_every_separate_run_of_a_shape(tmp_path: Path) -> None:
+    write_run(tmp_path / "nested", widths=[8, 4], losses={"1": 2.5, "1/2": 2.75})
+    for name, loss, tokens in (("half", 2.70, 640), ("other/half", 2.65, 640), ("young", 2.9, 64)):
+        write_run(tmp_path / name, widths=[4], n_heads=4, losses={"1": loss}, tokens=tokens)
+    found = differences(tmp_path)
+    assert found["nested", "1"] == ["", ""]
+    losses, difference = found["nested", "1/2"]
+    assert set(losses.split(", ")) == {"2.7000 (half)", "2.6500 (other/half)", "2.9000 (young)"}
+    assert set(difference.split(", ")) == {"+0.0500 (half)", "+0.1000 (other/half)", "young is behind (young)"}
 
 
 def test_a_classifiers_run_shows_images_and_right_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
