@@ -1,7 +1,7 @@
 """Before the first step, in seconds: does every rank have a working device, do all reach each other, is there room?
 
-What fails is said once, with the node's name, on all ranks, before an hour is spent. The dataset's files, the ranks'
-configs and left-over shared memory are checked where they are used (pretrain.dataset_check, train, shard_store).
+What fails is said once, with the node's name, on all ranks, before an hour is spent. The dataset's files, whether all
+ranks start the same, and left-over shared memory are checked elsewhere (pretrain.dataset_check, same_start, shard_store).
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from pretrain.progress import TrainingProgress
 from pretrain.provenance import record_start
 from pretrain.replicas import check_replicas, weights_are_finite
 from pretrain.run_lock import HeldElsewhereError, RunLock
+from pretrain.same_start import check_same_dataset, check_same_start
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, check_last_steps, count, gone_back, why_bad
 from pretrain.stopping import Stop, StopWatch
@@ -277,23 +278,23 @@ def main(cfg: RunConfig) -> int:
     """Build everything in order, train, and return the exit code. Every rank must call."""
     ranks = init_ranks(cfg.parallel.tensor, sequence=cfg.parallel.sequence)
     _set_up_logging(ranks)
-    _check_same_config(cfg, ranks)
+    dtype = compute_dtype(cfg, ranks.device)
+    mixer = ranks.attempt(lambda: _mixer_path(cfg, ranks.device, dtype), (ValueError,))
+    check_same_start(cfg, ranks, mixer)
     cfg.grad_accum_steps(ranks.world_size)  # raises where a step does not divide
     ranks.attempt(check_environment, (ConfigError,))
     ranks.attempt(lambda: check_paths(cfg) if ranks.is_main else None, (ConfigError,))
     ranks = with_peer_copies(ranks, cfg.parallel)
     task = task_of(cfg)
     ranks.attempt(task.check_data, (ValueError, OSError))
-    sha256 = ranks.attempt(lambda: dataset_sha256(cfg.data) if ranks.is_main else "", (ValueError, OSError))
-    dataset = ranks.gather_objects(sha256)[0]
+    dataset = ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError))
+    check_same_dataset(dataset, ranks)
     lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError, HeldElsewhereError))
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
     if cfg.deterministic:
         _be_deterministic()
 
-    dtype = compute_dtype(cfg, ranks.device)
-    mixer = ranks.attempt(lambda: _mixer_path(cfg, ranks.device, dtype), (ValueError,))
     with torch.device("meta"):
         model = build_model(
             cfg.model,
@@ -363,18 +364,6 @@ def _mixer_path(cfg: RunConfig, device: torch.device, dtype: torch.dtype) -> str
         return f"mixer: fused Triton kernels, {launches.origin()}"
     scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"
     return f"mixer: {scan} ({why})"
-
-
-def _check_same_config(cfg: RunConfig, ranks: Ranks) -> None:
-    """Raise ConfigError on all ranks, naming a rank and a line, where their configs differ."""
-    first, *others = (text.splitlines() for text in ranks.gather_objects(config_to_yaml(cfg)))
-    for rank, lines in enumerate(others, 1):
-        differing = [f"{a.strip()} / {b.strip()}" for a, b in zip(first, lines, strict=False) if a != b]
-        if lines != first:
-            raise ConfigError(
-                f"rank {rank} runs another config than rank 0: {'; '.join(differing[:3]) or 'one has more keys'}. "
-                "Start all ranks with the same file and overrides"
-            )
 
 
 def _claim(cfg: RunConfig) -> RunLock:

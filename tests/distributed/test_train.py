@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 
 from modeling.checkpoint_reader import KINDS, CheckpointError, Reader
 from modeling.language import LanguageModel
-from pretrain import checkpoint, train
+from pretrain import checkpoint, same_start, train
 from pretrain.config import RunConfig
+from pretrain.config_sections import ConfigError
+from pretrain.distributed import init_ranks
 from pretrain.metrics import Record, read_metrics
 from pretrain.stability import NonFiniteError
 from tests.datasets import write_token_dataset
@@ -250,10 +253,64 @@ def train_with_a_rate_of_its_own(cfg: RunConfig) -> int:
 
 def test_ranks_that_disagree_on_the_config_all_end(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        RankFailedError, match=r"rank 1 runs another config than rank 0: lr: 0\.01 / lr: 0\.02"
+        RankFailedError, match=r"rank 1 has another config than rank 0: lr: 0\.01 / lr: 0\.02"
     ) as caught:
         run_ranks(2, train_with_a_rate_of_its_own, run_config(dataset, tmp_path))
-    assert str(caught.value).count("ConfigError: rank 1 runs another") == 2
+    assert str(caught.value).count("ConfigError: rank 1 has another") == 2
+
+
+def train_on_a_disk_of_its_own(cfg: RunConfig, nodes: Path) -> int:
+    """`data.path` is relative, and each rank is elsewhere: one path, a folder for each node."""
+    os.chdir(nodes / os.environ["RANK"])
+    return train.main(cfg)
+
+
+def test_ranks_whose_datasets_differ_all_end_before_a_step(tmp_path: Path) -> None:
+    for node, n_rows in (("0", 48), ("1", 40)):
+        write_token_dataset(tmp_path / node / "shards", vocab_size=64, row_tokens=32, n_rows=n_rows)
+    indices = [tmp_path / node / "shards" / "train" / "index.json" for node in "01"]
+    sha256, stale = (hashlib.sha256(index.read_bytes()).hexdigest() for index in indices)
+    says = f"ConfigError: rank 1 has another dataset than rank 0: dataset_sha256: {sha256} / dataset_sha256: {stale}."
+    with pytest.raises(RankFailedError) as caught:
+        run_ranks(2, train_on_a_disk_of_its_own, run_config(Path("shards"), tmp_path / "run"), tmp_path)
+    assert str(caught.value).count(says) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def told_of_other_code(cfg: RunConfig, commits: list[str], mixers: list[str]) -> str:
+    """What a start says where this rank runs its own of these; nothing where it would go on."""
+    ranks = init_ranks(1)
+    same_start.git_commit = lambda: commits[ranks.rank]
+    try:
+        same_start.check_same_start(cfg, ranks, mixers[ranks.rank])
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("commits", "mixers", "says"),
+    [
+        (["unknown", "a1", "a1"], ["mixer: fused"] * 3, ""),
+        (
+            ["unknown", "a1", "a1-dirty"],
+            ["mixer: fused"] * 3,
+            "commit than rank 1: git_commit: a1 / git_commit: a1-dirty.",
+        ),
+        (
+            ["a1"] * 3,
+            ["mixer: fused", "mixer: fused", "mixer: plain"],
+            "mixer than rank 0: mixer: fused / mixer: plain.",
+        ),
+    ],
+    ids=["one does not know", "commit", "mixer"],
+)
+def test_ranks_that_run_other_code_all_end(
+    commits: list[str], mixers: list[str], says: str, dataset: Path, tmp_path: Path
+) -> None:
+    told = run_ranks(3, told_of_other_code, run_config(dataset, tmp_path), commits, mixers)
+    assert len(set(told)) == 1
+    assert told[0].startswith(f"rank 2 has another {says}") if says else not told[0]
 
 
 def test_a_run_folder_that_cannot_be_written_ends_every_rank(dataset: Path, tmp_path: Path) -> None:
