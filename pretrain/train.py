@@ -20,7 +20,6 @@ from modeling.ops.upstream import chunk_scan
 from pretrain import resume, retention
 from pretrain.checkpoint import checkpoint_dir, remove_interrupted, set_aside, step_name
 from pretrain.config import RunConfig
-from pretrain.config_io import config_to_yaml
 from pretrain.config_sections import ConfigError
 from pretrain.dataset_check import dataset_sha256
 from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks, is_broken_link
