@@ -20,7 +20,7 @@ from modeling.ops.kernels.fast_math import LOG2_E, exp
 from modeling.ops.kernels.tiles import CHUNK, chunks_of, columns_of, states_turned
 
 HEADS_AT_ONCE = 16
-SIZES = ["T", "H", "n_chunks", "heads_each", "parts", "segment_chunks"]
+SIZES = ["T", "H", "n_chunks", "heads_each", "parts", "chunks_each"]
 """Arguments whose values the kernels that multiply are not compiled anew for. Each width would have binaries of its own, and in
 that for one head a program ptxas (of Triton 3.6) filled the upper half of dS's descriptor with its address, for tiles of 16 and
 32 channels."""

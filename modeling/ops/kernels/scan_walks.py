@@ -51,7 +51,7 @@ def _chunk_at(i, n_chunks, BACKWARDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _walk(
-    row_tiles, group_tiles, state_tiles, weight_ptr, decay_ptr, seq_ptr, ends_ptr, remains_ptr, T, H, n_chunks, segment_chunks,
+    row_tiles, group_tiles, state_tiles, weight_ptr, decay_ptr, seq_ptr, ends_ptr, remains_ptr, T, H, n_chunks, chunks_each,
     N: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
     DOCS: tl.constexpr, BACKWARDS: tl.constexpr, CUT: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
@@ -66,9 +66,9 @@ def _walk(
     last = n_chunks
     place = tl.arange(0, N)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if CUT:
-        first = tl.program_id(2) * segment_chunks
-        last = tl.minimum(first + segment_chunks, n_chunks)
-        row = (b.to(tl.int64) * H + head) * tl.cdiv(n_chunks, segment_chunks)
+        first = tl.program_id(2) * chunks_each
+        last = tl.minimum(first + chunks_each, n_chunks)
+        row = (b.to(tl.int64) * H + head) * tl.cdiv(n_chunks, chunks_each)
         if STORED:
             for segment in range(tl.program_id(2)):
                 state = state * tl.load(remains_ptr + row + segment)
@@ -136,6 +136,7 @@ def _states(
     segments = triton.cdiv(n_chunks, each)
     ends = remains = None
     if segments > 1:
+        assert launch["HEADS"] == 1, "what is cut has fewer walks than a GPU has room for"
         ends = torch.empty(b, heads, segments, n, columns, dtype=torch.float32, device=states.device)
         remains = ends.new_empty(b, heads, segments)
 
