@@ -154,6 +154,8 @@ launch() {
   if [[ $LAUNCHER == srun ]]; then
     srun --ntasks-per-node="$tasks" --ntasks="$((nodes * tasks))" "${where[@]}" "${container[@]}" "$python" -m "$@" &
   else
+    # One task starts all ranks of its node: it needs the cores of all of them, where srun would give it those of one.
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || local -x SRUN_CPUS_PER_TASK=$((SLURM_CPUS_PER_TASK * tasks))
     srun --ntasks-per-node=1 --ntasks="$nodes" "${where[@]}" "${container[@]}" "$python" -m torch.distributed.run \
       --nnodes="$nodes" --nproc-per-node="$tasks" --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
       --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" -m "$@" &

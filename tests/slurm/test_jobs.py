@@ -417,6 +417,9 @@ def test_torchrun_launches_the_same_script(
     run_dir = site / "by torchrun"
     job = submit(cluster, site, run_dir, "optim.steps=240", LAUNCHER="torchrun", NODES="1", TASKS_PER_NODE="2")
     wait_for("some steps", lambda: step_of(run_dir) >= 45, 120)
+    steps = cluster.run("squeue", "-h", "-s", "-j", job, "-o", "%i").split()
+    (ranks,) = [step for step in steps if not step.endswith(".batch")]
+    assert " CPUs=16 " in cluster.run("scontrol", "show", "step", ranks, "-o"), "two ranks of the script's 8 cores each"
     by_time_limit(cluster, job, run_dir)  # its agent knows no exit code 75: a stop by signal is taken for one
     wait_for("the second start", lambda: int(cluster.job(job)["Restarts"]) >= 1, 120)
     cluster.wait_job(job)

@@ -92,6 +92,17 @@ def test_the_task_that_has_the_arrays_number_requeues_itself_alone(site: Site) -
     assert site.calls("scontrol requeue") == ["scontrol requeue 70_1"]
 
 
+@pytest.mark.parametrize(("launcher", "n_cores"), [("srun", 8), ("torchrun", 32)])
+def test_a_rank_has_as_many_cores_by_either_launcher(site: Site, launcher: str, n_cores: int) -> None:
+    """torchrun's one task a node holds all of the node's ranks: 4 of 8 cores."""
+    site.stand_in("srun", f'echo "cores $SRUN_CPUS_PER_TASK" >> "{site.folder}/calls.txt"')
+    site.stand_in("scontrol", 'echo "JobId=70 JobState=RUNNING Reason=None"')
+    job = {**JOB, "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "8", "LAUNCHER": launcher}
+    done = site.run("pretrain_1b4.sh", "data.tokens_per_step=512", CONFIG=str(site.config), **job)
+    assert done.returncode == 0, done.stderr
+    assert site.calls("cores") == [f"cores {n_cores}"]
+
+
 @pytest.mark.parametrize("answers_at", [3, 99])
 def test_a_controller_that_does_not_answer_is_asked_again(site: Site, answers_at: int) -> None:
     site.stand_in("srun", "exit 75")
