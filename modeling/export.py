@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help=WEIGHTS_HELP)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the matrices; vectors stay float32")
     args = parser.parse_args(argv)
+    lacks_tokenizer = ""
     try:
         state, cfg, data = read_state(args.checkpoint, weights=args.weights)
         widths = read_widths(args.width, cfg.n_heads, cfg.n_layers)
@@ -290,8 +291,16 @@ def main(argv: list[str] | None = None) -> int:
                 "classes": classes_of(data.get("path", "")),
             }
         else:
+            about = {"tokenizer": args.tokenizer}
             named = str(data.get("tokenizer", ""))
-            about = {"tokenizer": args.tokenizer or (Path(named) if named and Path(named).is_file() else None)}
+            if str(args.tokenizer).startswith("tiktoken:"):
+                raise ValueError(
+                    f"--tokenizer {args.tokenizer}: an encoding is no file: name a tokenizer.json of its ids"
+                )
+            if args.tokenizer is None and Path(named).is_file():
+                about["tokenizer"] = Path(named)
+            elif args.tokenizer is None:
+                lacks_tokenizer = f"{named} of the run is no file here" if named else f"{args.checkpoint} names none"
         export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], **about)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -301,6 +310,8 @@ def main(argv: list[str] | None = None) -> int:
             f"note: {widths[0]} heads are {widths[0] * cfg.headdim / cfg.d_model:g} times d_model channels: transformers 4 loads "
             "that, transformers 5 takes whole multiples alone; --format remote_code loads in both"
         )
+    if lacks_tokenizer:
+        print(f"note: no tokenizer stands beside the model ({lacks_tokenizer}): --tokenizer FILE puts one there")
     heads = ", ".join(str(n) for n in sorted(set(widths), reverse=True))
     print(f"{args.output}: {args.format}, {heads} of {cfg.n_heads} heads")
     return 0

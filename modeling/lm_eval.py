@@ -12,6 +12,7 @@ Letters: b batch, t time, d model, v vocabulary.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from modeling.checkpoint_reader import CheckpointError
 from modeling.completions import StopWatch
 from modeling.decode import generate
 from modeling.open_model import open_model
@@ -32,6 +34,10 @@ log = logging.getLogger(__name__)
 TOKENS_AT_ONCE = 2048
 """Tokens of the batch whose scores over the vocabulary are in memory at a time."""
 DEFAULT_NEW_TOKENS = 256
+
+
+class ModelArgumentsError(ValueError):
+    """What --model_args asks for cannot be had; the message says which argument and the way out."""
 
 
 @register_model("matmamba")
@@ -52,10 +58,18 @@ class MatMambaLM(TemplateLM):
         batch_size: int | str = 16,
         max_batch_size: int | None = None,
     ) -> None:
-        """Raises CheckpointError or ValueError where the model, the width or the tokenizer is wrong."""
+        """Raises ModelArgumentsError where the model, the width or the tokenizer is wrong."""
         super().__init__()
+        try:
+            self._open(path, width, tokenizer, dtype, device)
+        except (CheckpointError, OSError, ValueError) as error:
+            raise ModelArgumentsError(f"--model_args: {error}") from None
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size!r}: must be a whole number from 1 on")
+            raise ModelArgumentsError(f"batch_size={batch_size!r}: must be a whole number from 1 on")
+        self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
+
+    def _open(self, path: str, width: str | float, tokenizer: str, dtype: str | None, device: str | None) -> None:
+        """The model, its text, and the heads of each layer."""
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             # The harness's command line asks for a GPU by default, whether there is one or not.
             log.warning("there is no GPU here: device %s becomes cpu", device)
@@ -63,13 +77,15 @@ class MatMambaLM(TemplateLM):
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         opened = open_model(Path(path), dtype=dtype, device=chosen)
         self.model = opened.model
-        self.text = open_text(tokenizer or opened.tokenizer, self.model.cfg.vocab_size)
+        spec = tokenizer or opened.tokenizer
+        if not spec:
+            raise ValueError(f"{path} names no tokenizer: add tokenizer=FILE or tokenizer=tiktoken:NAME")
+        self.text = open_text(spec, self.model.cfg.vocab_size)
         # The harness turns width=1 into a number.
         written = str(width).replace(";", ",")
         asked = written or self.model.own_width
         self.widths = read_widths(asked, self.model.cfg.n_heads, self.model.cfg.n_layers)
         self.model.check_widths(self.widths)
-        self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
 
     @property
     def eot_token_id(self) -> int:
@@ -179,12 +195,17 @@ def _batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(order[i : i + size])
 
 
-def main() -> None:
-    """The harness's command line."""
+def main() -> int:
+    """The harness's command line; returns the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ModelArgumentsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

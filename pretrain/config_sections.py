@@ -25,7 +25,8 @@ class DataConfig:
     cache_dir: str = ""
     """Local folder for shards of a remote `path`; empty where `path` is local."""
     tokenizer: str = ""
-    """Tokenizer file; where given, its hash must be the one in the dataset's manifest."""
+    """Tokenizer file, or tiktoken:NAME; where given, the file's hash or the name must be the one in the dataset's manifest.
+    Tools that make text of the run take it from here."""
     seq_len: int = 1024
     """Tokens in a training sequence; must divide the dataset's row_tokens."""
     tokens_per_step: int = 524_288

@@ -12,6 +12,9 @@ from pretrain.image_config import ImageDataConfig
 from pretrain.retention import CHECKPOINTS
 from pretrain.vision_config import VisionRunConfig
 
+TIKTOKEN = "tiktoken:"
+"""What the name of an encoding begins with, where others are files."""
+
 
 def check_paths(cfg: RunConfig) -> None:
     """Raise ConfigError where a folder or file that the config names, and that this start would read, is not there."""
@@ -22,9 +25,10 @@ def check_paths(cfg: RunConfig) -> None:
             f"data.path={data.path} has no folder train: name a folder that {script} wrote (DATA=... for a script of slurm/)"
         )
     tokenizer = getattr(data, "tokenizer", "")
-    if tokenizer and not Path(tokenizer).is_file():
+    if tokenizer and not tokenizer.startswith(TIKTOKEN) and not Path(tokenizer).is_file():
         raise ConfigError(
-            f"data.tokenizer={tokenizer}: no such file; name the one that the dataset was made with, or none"
+            f"data.tokenizer={tokenizer}: no such file; name the one that the dataset was made with (a file or "
+            f"{TIKTOKEN}NAME), or none"
         )
     if checkpoint.resume not in ("auto", "never") and not (Path(checkpoint.resume) / MANIFEST_NAME).is_file():
         raise ConfigError(
@@ -60,12 +64,19 @@ def check_manifest(manifest: Manifest, cfg: DataConfig, vocab_size: int) -> None
             f"reach {manifest.vocab_size - 1}: set model.vocab_size={manifest.vocab_size} or more, or prepare the data "
             "with the tokenizer that the model is for"
         )
-    if cfg.tokenizer:
+    if cfg.tokenizer.startswith(TIKTOKEN):
+        # Its ranks are fetched over the network, so the name stands for them.
+        if cfg.tokenizer != manifest.tokenizer_name:
+            raise ConfigError(
+                f"data.tokenizer={cfg.tokenizer}, but {cfg.path} was tokenized with {manifest.tokenizer_name}: name that "
+                "one, or none (data.tokenizer=), or prepare the data again"
+            )
+    elif cfg.tokenizer:
         found = file_sha256(cfg.tokenizer)
         if found != manifest.tokenizer_sha256:
             raise ConfigError(
                 f"data.tokenizer={cfg.tokenizer} has hash {found[:16]}..., but {cfg.path} was tokenized with "
-                f"{manifest.tokenizer_name}, {manifest.tokenizer_sha256[:16]}...: name that file, or prepare the data again"
+                f"{manifest.tokenizer_name}, {manifest.tokenizer_sha256[:16]}...: name that one, or prepare the data again"
             )
     if manifest.row_tokens % cfg.seq_len:
         divisors = [d for d in range(1, manifest.row_tokens + 1) if manifest.row_tokens % d == 0]

@@ -15,7 +15,9 @@ from data_prep.shard_schema import MANIFEST_NAME, SHARD_HASH, SPLITS, TOKENS_COL
 EOS_ID = 0
 
 
-def write_token_dataset(folder: Path, *, vocab_size: int = 64, row_tokens: int = 64, n_rows: int = 64) -> Path:
+def write_token_dataset(
+    folder: Path, *, vocab_size: int = 64, row_tokens: int = 64, n_rows: int = 64, tokenizer_name: str = "counting"
+) -> Path:
     """A dataset of `n_rows` training rows and a quarter as many for validation, of a noisy counting language."""
     rng = np.random.default_rng(0)
     n_tokens = {}
@@ -34,7 +36,7 @@ def write_token_dataset(folder: Path, *, vocab_size: int = 64, row_tokens: int =
         n_tokens[split] = rows * row_tokens
     manifest = Manifest(
         tokenizer_sha256="0" * 64,
-        tokenizer_name="counting",
+        tokenizer_name=tokenizer_name,
         vocab_size=vocab_size,
         eos_id=EOS_ID,
         row_tokens=row_tokens,

@@ -136,6 +136,11 @@ def test_command_line_puts_the_tokenizer_beside_the_model(
 
     export(state, CFG, CFG.layer_widths(8), "matmamba", tmp_path / "small")
     arguments[0] = str(tmp_path / "small")
+    assert "note: no tokenizer" not in capsys.readouterr().out
+    assert main([*arguments[:-2], "-o", str(tmp_path / "bare")]) == 0
+    assert f"note: no tokenizer stands beside the model ({arguments[0]} names none)" in capsys.readouterr().out
+    assert main([*arguments[:-1], "tiktoken:gpt2", "-o", str(tmp_path / "wrong")]) == 2
+    assert "--tokenizer tiktoken:gpt2: an encoding is no file" in capsys.readouterr().err
     assert main([*arguments, "-o", str(tmp_path / "wrong")]) == 2
     assert "the model 100: it was trained with another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from modeling.config import LanguageConfig
 from modeling.decode import generate
 from modeling.language import LanguageModel
-from modeling.lm_eval import MatMambaLM
+from modeling.lm_eval import MatMambaLM, main
 from modeling.model_folder import save_model
 from modeling.nesting import uniform
 
@@ -106,11 +108,24 @@ def test_generation_stops_at_the_tasks_words(folder: Path) -> None:
         ({"width": "1/3"}, "width '1/3'"),
         ({"width": "1;1;1"}, "3 widths for 2 layers"),
         ({"batch_size": "auto"}, "batch"),
+        ({"tokenizer": "absent.json"}, "--model_args: tokenizer absent.json: no such file"),
     ],
 )
 def test_wrong_arguments_are_named(folder: Path, arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MatMambaLM(str(folder), device="cpu", **arguments)  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_tokenizer_is_an_error_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+    (tmp_path / "task.yaml").write_text(json.dumps({"task": "local", "dataset_path": "json"}))
+    arguments = ["--model", "matmamba", "--model_args", f"path={bare}", "--tasks", "local"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *arguments, "--include_path", str(tmp_path)])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert f"error: --model_args: {bare} names no tokenizer: add tokenizer=FILE or tokenizer=tiktoken:NAME" in said
 
 
 def test_a_local_task_runs_offline(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ def test_decision(
             ["data.seq_len=128", "data.micro_batch=1"],
             "data.seq_len=128 does not divide the dataset's rows of 64 tokens",
         ),
-        (["data.tokenizer={other}"], "name that file, or prepare the data again"),
+        (["data.tokenizer={other}"], "name that one, or prepare the data again"),
+        (["data.tokenizer=tiktoken:gpt2"], "was tokenized with counting: name that one, or none"),
         (["data.path={images}"], "is of images, not of tokens"),
         (["data.path={empty}"], "manifest.json is missing"),
     ],
@@ -87,6 +89,16 @@ def test_data_that_the_config_does_not_fit_is_misuse(
     assert main(command) == 0
     assert main([*command, *(text.format(**places) for text in overrides)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_encoding_of_tiktokens_is_compared_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without asking tiktoken, which may want the network."""
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    shards = write_token_dataset(tmp_path / "shards", tokenizer_name="tiktoken:gpt2")
+    (tmp_path / "run.yaml").write_text(config_to_yaml(run_config(shards, tmp_path / "run")))
+    command = ["check", "--world-size", "2", str(tmp_path / "run.yaml")]
+    assert main([*command, "data.tokenizer=tiktoken:gpt2"]) == 0
+    assert main([*command, "data.tokenizer=tiktoken:cl100k_base"]) == 2
 
 
 def test_files_that_are_absent_or_cut_short(tmp_path: Path) -> None:
