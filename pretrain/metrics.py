@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import uuid
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from modeling.nesting import LayerWidths, width_name
 from pretrain.config import RunConfig
+from pretrain.config_sections import ConfigError
 from pretrain.hardware import device_name, memory_gib, peak_tflops
 
 if TYPE_CHECKING:  # so that reading and plotting metrics does not import megatron-core
     from pretrain.distributed import Ranks
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -111,7 +115,7 @@ class MetricsWriter:
 
     A resumed run first drops the lines after the step it resumes from, so that a curve has one value a step. Weights & Biases
     takes nothing back: there a curve has the values of both passes over such a step, the later ones logged later. On other ranks
-    (`enabled` false) nothing is written.
+    (`enabled` false) nothing is written. Raises ConfigError where Weights & Biases is asked for without a login.
     """
 
     def __init__(self, cfg: RunConfig, *, start_step: int, enabled: bool) -> None:
@@ -174,6 +178,7 @@ def _drop_after(path: Path, step: int, *, keep_events: bool = False) -> None:
 
 
 def _start_wandb(cfg: RunConfig) -> Any:
+    """The run at Weights & Biases; None, with a line in the log, where it cannot be reached. Raises ConfigError without a login."""
     import wandb  # costs a second, and most runs on a laptop or in a test have it disabled
 
     folder = Path(cfg.run_dir).resolve()
@@ -181,14 +186,23 @@ def _start_wandb(cfg: RunConfig) -> Any:
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
     os.environ.setdefault("WANDB_SILENT", "true")
-    run = wandb.init(
-        project=cfg.logging.wandb_project,
-        name=folder.name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        mode=cfg.logging.wandb,
-        dir=str(folder),
-    )
+    try:
+        run = wandb.init(
+            project=cfg.logging.wandb_project,
+            name=folder.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=cfg.logging.wandb,
+            dir=str(folder),
+        )
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        raise ConfigError(
+            f"logging.wandb={cfg.logging.wandb}: {error} Log in (WANDB_API_KEY, or `wandb login` once on this machine), or set "
+            "logging.wandb=offline or disabled"
+        ) from error
+    except wandb.errors.CommError as error:
+        logger.warning("Weights & Biases cannot be reached (%s): records go to metrics.jsonl alone", error)
+        return None
     # Not W&B's own count of steps, which must not fall: what is logged at a lower one is dropped without an error.
     run.define_metric("*", step_metric="step")
     return run

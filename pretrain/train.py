@@ -329,7 +329,9 @@ def main(cfg: RunConfig) -> int:
             loader=loader,
             validation=validation,
             meter=meter,
-            writer=MetricsWriter(cfg, start_step=state.step, enabled=ranks.is_main),
+            writer=ranks.attempt(
+                lambda: MetricsWriter(cfg, start_step=state.step, enabled=ranks.is_main), (ConfigError,)
+            ),
             progress=progress,
             saver=Saver(engine, cfg, ranks, dataset),
             stop=stop,

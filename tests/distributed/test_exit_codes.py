@@ -64,12 +64,20 @@ def test_paths_that_are_not_there_are_misuse(
         (["seed=5"], "seed=5, but"),
         (["checkpoint.resume=never"], "holds 1 checkpoints after step 0"),
         (["data.seq_len=24", "data.tokens_per_step=192"], "does not divide the dataset's rows"),
+        (["run_dir={tmp}", "logging.wandb=online"], "logging.wandb=online: WANDB_API_KEY invalid"),
     ],
     ids=str,
 )
 def test_what_only_the_ranks_find_is_misuse_too(
-    overrides: list[str], says: str, config: Path, capfd: pytest.CaptureFixture[str]
+    overrides: list[str],
+    says: str,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    overrides = [text.format(tmp=tmp_path / "run") for text in overrides]
     assert ended_with(config, *overrides) == [2, 2]
     assert says in capfd.readouterr().err
 

@@ -328,7 +328,9 @@ def test_what_is_fine_is_said_without_submitting(site: Path, tmp_path: Path) -> 
     assert "settings are fine: sbatch" in done.stdout
     assert not (tmp_path / "run").exists()
     unset = variables(site, tmp_path / "run")
-    unset["DATA"] = str(write_token_dataset(tmp_path / "shards", row_tokens=1024, n_rows=1, tokenizer_name="tiktoken:gpt2"))
+    unset["DATA"] = str(
+        write_token_dataset(tmp_path / "shards", row_tokens=1024, n_rows=1, tokenizer_name="tiktoken:gpt2")
+    )
     del unset["CONFIG"]  # the script's own 1.4B: 32 ranks, as its #SBATCH lines ask for
     del unset["NODES"], unset["TASKS_PER_NODE"]
     assert called_by_bash(site, "pretrain_1b4.sh", **unset).returncode == 0

@@ -14,6 +14,7 @@ import torch
 from pretrain import doctor
 from pretrain.config import RunConfig
 from pretrain.config_io import config_from_dict
+from pretrain.config_sections import ConfigError
 from pretrain.hardware import memory_gib, peak_tflops
 from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.plot import plot_losses
@@ -92,6 +93,31 @@ def test_wandb_gets_flat_records_under_a_kept_run_id(
     write_steps(offline, 0, range(1, 2))
     assert (calls[0]["id"], calls[0]["resume"], calls[0]["mode"]) == ("abc12345", "allow", "offline")
     assert logged[0] == {"step": 1, "train/tokens": 256, "train/loss_1": 3.9, "train/loss_1/2": 4.5}
+
+
+def test_wandb_without_a_login_is_misuse(cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    online = replace(cfg, logging=replace(cfg.logging, wandb="online"))
+    for key in ("", "short"):
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        with pytest.raises(ConfigError, match=r"logging\.wandb=online: .* Log in \(WANDB_API_KEY"):
+            write_steps(online, 0, range(1, 2))
+
+
+def test_a_wandb_that_does_not_answer_stops_no_run(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def no_answer(**kwargs: Any) -> None:
+        raise wandb.errors.CommError("connection refused")
+
+    monkeypatch.setattr(wandb, "init", no_answer)
+    write_steps(replace(cfg, logging=replace(cfg.logging, wandb="online")), 0, range(1, 3))
+    assert "cannot be reached (connection refused)" in caplog.text
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 2]
 
 
 def test_wandb_offline_writes_a_run_that_can_be_synced_later(cfg: RunConfig, tmp_path: Path) -> None:
