@@ -17,6 +17,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,9 @@ def find_sources(inputs: list[str], hub_config: str = "") -> list[Source]:
     """
     sources: dict[str, Source] = {}
     for text in inputs:
-        for source in _expand(text, hub_config):
+        with reading(f"--input {text}"):
+            named = _expand(text, hub_config)
+        for source in named:
             sources.setdefault(source.path, source)
     return list(sources.values())
 
@@ -166,10 +169,22 @@ def _hub_sources(name: str, hub_config: str) -> list[Source]:
 
 
 def open_binary(path: str) -> Any:
-    """The bytes of a local file or of one on the hub (streamed by range requests), as a seekable file."""
-    if path.startswith("hf://"):
-        return hub_file_system().open(path.removeprefix("hf://"), "rb")
-    return open(path, "rb")
+    """The bytes of a local file or of one on the hub (streamed by range requests), as a seekable file. Raises InputError."""
+    with reading(path):
+        if path.startswith("hf://"):
+            return hub_file_system().open(path.removeprefix("hf://"), "rb")
+        return open(path, "rb")
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """What the system says against reading `path` inside, as InputError: an OSError elsewhere is of the output."""
+    try:
+        yield
+    except gzip.BadGzipFile:  # an OSError that the bytes raise, and not the system
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
 
 
 # --------------------------------------------------------------------------- chunks
@@ -202,7 +217,8 @@ def unreadable(path: str, error: Exception) -> str:
 def _parquet_payloads(
     path: str, columns: list[str], filters: Filters, skip: int
 ) -> Iterator[tuple[int | pa.RecordBatch, float]]:
-    file = pq.ParquetFile(open_binary(path))
+    with reading(path):
+        file = pq.ParquetFile(open_binary(path))
     names = file.schema_arrow.names
     check_columns(path, names, columns[0], filters)
     at = 0
@@ -215,7 +231,12 @@ def _parquet_payloads(
             at += 1
             continue
         # One worker would need all of it in memory, and the others would wait: the parent streams such a group.
-        for batch in file.iter_batches(LARGE_GROUP_DOCUMENTS, row_groups=[group], columns=columns):
+        batches = file.iter_batches(LARGE_GROUP_DOCUMENTS, row_groups=[group], columns=columns)
+        while True:
+            with reading(path):
+                batch = next(batches, None)
+            if batch is None:
+                break
             if at >= skip:
                 yield batch, done
             at += 1
@@ -237,7 +258,8 @@ def _line_payloads(source: Source, skip: int) -> Iterator[tuple[bytes, float]]:
         parts: list[bytes] = []  # of a line that is longer than a block
         at = 0
         while True:
-            block = stream.read(BLOCK_BYTES)
+            with reading(source.path):
+                block = stream.read(BLOCK_BYTES)
             if not block:
                 break
             end = block.rfind(b"\n") + 1
@@ -380,5 +402,5 @@ def sha256_of(path: str) -> str:
     """Checksum of an input file; empty for one on the hub, whose repository already names its content."""
     if path.startswith("hf://"):
         return ""
-    with open_binary(path) as file:
+    with reading(path), open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -325,6 +325,23 @@ def test_a_parquet_file_cut_short_is_named_and_resumable(
     assert "a.parquet: cannot be read, it is cut short or damaged" in capsys.readouterr().err
 
 
+def test_an_input_that_the_system_refuses_is_not_the_outputs_fault(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ("--tokenizer", str(folder / "tokenizer.json"))
+    (tmp_path / "broken.jsonl").symlink_to("/proc/self/mem")  # it opens, and reading its first byte is an I/O error
+    assert prepare(tmp_path, tmp_path / "out", *tokenizer, inputs=("broken.jsonl",)) == 2
+    assert f"error: {tmp_path}/broken.jsonl: cannot be read ([Errno 5]" in capsys.readouterr().err
+
+    def refuse(path: str, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(corpus_io, "open", refuse, raising=False)
+    for name in ("a.parquet", "b.jsonl"):
+        assert prepare(folder, tmp_path / "other", inputs=(name,)) == 2
+        assert f"error: {folder}/{name}: cannot be read ([Errno 13]" in capsys.readouterr().err
+
+
 def test_a_full_disk_keeps_nothing_half_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
