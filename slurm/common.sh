@@ -64,6 +64,10 @@ settings() {
     esac
     local mounts=$ROOT:$ROOT
     mounted DATA RUN_DIR "$@"
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then # compiled kernels go there
+      TMPDIR=${TMPDIR:-/tmp}
+      mounted TMPDIR
+    fi
     mounts+=${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     case $runtime in
       apptainer)

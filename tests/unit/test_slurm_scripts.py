@@ -141,15 +141,18 @@ def test_a_container_gets_config_data_and_a_new_runs_folder(site: Site) -> None:
     inside = site.container(f'exec "{sys.executable}" "${{@:9}}"')
     site.stand_in("srun")
     site.stand_in("scontrol", 'echo "JobId=70 JobState=RUNNING Reason=None"')
-    run_dir = site.folder / "new" / "run"
+    run_dir, scratch = site.folder / "new" / "run", site.folder / "scratch"
+    scratch.mkdir()
     settings = {"CONFIG": from_root(site.config), "DATA": from_root(site.shards), "RUN_DIR": from_root(run_dir)}
+    settings["TMPDIR"] = str(scratch)
     checked = site.run("pretrain_1b4.sh", **settings, **inside, NODES="1", TASKS_PER_NODE="1")
     assert checked.returncode == 0, checked.stderr
     assert site.mounts() == [{ROOT, site.shards, site.config}]
     assert not run_dir.exists(), "a check writes nothing"
     done = site.run("pretrain_1b4.sh", **settings, **inside, **JOB)
     assert done.returncode == 0, done.stderr
-    assert site.mounts()[1:] == [{ROOT, site.shards, site.config, run_dir}] * 2  # begin and end; srun starts the ranks
+    job = {ROOT, site.shards, site.config, run_dir, scratch}
+    assert site.mounts()[1:] == [job] * 2  # begin and end; srun starts the ranks
     (ranks,) = site.calls("srun")
     assert f"-m pretrain {site.config} data.path={site.shards} run_dir={run_dir}" in ranks
     assert f"--bind {ROOT}:{ROOT},{site.shards}:{site.shards}," in ranks
@@ -158,22 +161,25 @@ def test_a_container_gets_config_data_and_a_new_runs_folder(site: Site) -> None:
 def test_a_container_gets_what_each_script_reads_and_writes(site: Site) -> None:
     inside = {**site.container("exit 0"), **JOB}
     site.stand_in("scontrol")
-    model, out = site.run_dir, site.folder / "exports" / "quarter"
+    model, out, scratch = site.run_dir, site.folder / "exports" / "quarter", site.folder / "scratch"
     model.mkdir()
+    scratch.mkdir()
+    inside["TMPDIR"] = str(scratch)
     for script, arguments in (("evaluate.sh", ()), ("export.sh", ("-o", from_root(out), "--width", "1/4"))):
         done = site.run(script, *arguments, MODEL=from_root(model), DATA=str(site.shards), **inside)
         assert done.returncode == 0, done.stderr
-    assert site.mounts() == [{ROOT, site.shards, model}, {ROOT, site.shards, model, out.parent}]
+    assert site.mounts() == [{ROOT, site.shards, model, scratch}, {ROOT, site.shards, model, out.parent, scratch}]
     evaluate, export = site.calls("apptainer")
     assert evaluate.endswith(f"-m pretrain.evaluate {model} --data {site.shards}")
     assert export.endswith(f"-m modeling.export {model} --width 1/4 -o {out}")
 
 
 def test_a_container_gets_the_texts_the_tokenizer_and_the_output(site: Site) -> None:
-    inside = {**site.container("exit 0"), **JOB}
+    inside = {**site.container("exit 0"), **JOB, "TMPDIR": ""}
     site.stand_in("scontrol")
     texts, cache, out = (site.folder / name for name in ("texts", "cache", "tokens"))
-    texts.mkdir()
+    (texts / "a").mkdir(parents=True)
+    (texts / "a" / "some.parquet").touch()
     cache.mkdir()
     (cache / "0123abcd").touch()
     (cache / "tokenizer.json").symlink_to("0123abcd")
@@ -182,13 +188,14 @@ def test_a_container_gets_the_texts_the_tokenizer_and_the_output(site: Site) -> 
     assert not out.exists()
     done = site.run("tokenize_fineweb.sh", OUTPUT=from_root(out), **settings, **inside)
     assert done.returncode == 0, done.stderr
-    assert site.mounts() == [{ROOT, texts, cache / "tokenizer.json", out}] * 2
+    job = {ROOT, Path("/tmp")}
+    assert site.mounts() == [{*job, texts, cache / "tokenizer.json", out}] * 2
     encode, merge = site.calls("apptainer")
     assert encode.endswith(f"--input {texts}/[ab]/*.parquet --tokenizer {cache}/tokenizer.json --output {out}")
     assert merge.endswith(f"--output {out} --merge")
     hub = {"INPUT": "HuggingFaceFW/fineweb", "TOKENIZER": "tiktoken:gpt2", "OUTPUT": str(out)}
     assert site.run("tokenize_fineweb.sh", **hub, **inside).returncode == 0
-    assert site.mounts()[2] == {ROOT, out}
+    assert site.mounts()[2] == {*job, out}
     assert " --input HuggingFaceFW/fineweb --tokenizer tiktoken:gpt2 " in site.calls("apptainer")[2]
 
 
