@@ -21,5 +21,6 @@ source "$ROOT/slurm/common.sh"
 [[ -n ${MODEL:-} ]] || die "MODEL is not set: MODEL=runs/lm_1b4 sbatch slurm/evaluate.sh"
 settings MODEL
 [[ -d $MODEL ]] || die "MODEL=$MODEL: no such folder"
+[[ -z ${DATA:-} || -d $DATA || $DATA == *://* ]] || die "DATA=$DATA: no such folder"
 only_checked "$@"
 alone -m pretrain.evaluate "$MODEL" ${DATA:+--data "$DATA"} "$@"

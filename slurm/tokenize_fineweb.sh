@@ -24,6 +24,18 @@ for name in INPUT TOKENIZER OUTPUT; do
   [[ -n ${!name:-} ]] || die "$name is not set: INPUT='dir/*.parquet' TOKENIZER=file OUTPUT=dir sbatch slurm/tokenize_fineweb.sh"
 done
 settings INPUT TOKENIZER OUTPUT
+# As data_prep/corpus_io.py reads it: a path, a glob, hf://..., or OWNER/NAME[/FOLDER] of the hub where no such folder is here.
+input_is_there() (
+  [[ -e $INPUT || $INPUT == hf://* ]] && return
+  [[ $INPUT =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(/.*)?$ && ! -e ${INPUT%/*} ]] && return
+  shopt -s nullglob globstar
+  IFS=
+  # shellcheck disable=SC2206  # to be expanded
+  matches=($INPUT)
+  [[ -e ${matches[0]:-} ]]
+)
+input_is_there || die "INPUT=$INPUT: no such file, no file matches, and not OWNER/NAME of a hub dataset"
+[[ -f $TOKENIZER || $TOKENIZER == tiktoken:* ]] || die "TOKENIZER=$TOKENIZER: no such file, and not tiktoken:NAME"
 only_checked "$@"
 alone -m data_prep.tokenize_fineweb --input "$INPUT" --tokenizer "$TOKENIZER" --output "$OUTPUT" "$@" || exit $?
 # Whoever finishes last finds every part finished; until then joining is refused, which is no failure of this task.

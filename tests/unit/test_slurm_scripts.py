@@ -208,3 +208,37 @@ def test_what_cannot_be_mounted_is_said(site: Site) -> None:
     assert (done.returncode, "no such folder" in done.stderr) == (2, True)
     done = site.run("export.sh", MODEL=str(site.folder), **inside)
     assert (done.returncode, "-o DIR is not given" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "found"),
+    [
+        ("a.parquet", "texts", True),
+        ("a.parquet", "texts/*.parquet", True),
+        ("a.parquet", "texts/**/*.parquet", True),  # no folder between them is one of the ways to match
+        ("two words.jsonl", "texts/two *.jsonl", True),
+        ("a.parquet", "texts/*.jsonl", False),
+        ("a.parquet", "texts/b.parquet", False),  # its folder is there, so it is no name of the hub's
+        ("a.parquet", "elsewhere/*.parquet", False),
+        ("a.parquet", "/none/b.parquet", False),
+        ("a.parquet", "OWNER/name", True),
+        ("a.parquet", "hf://datasets/OWNER/name", True),
+    ],
+)
+def test_an_input_that_is_not_there_is_said_before_the_job(site: Site, there: str, asked: str, found: bool) -> None:
+    """What corpus_io takes, the script takes, and nothing else."""
+    (site.folder / "texts").mkdir()
+    (site.folder / "texts" / there).touch()
+    (site.folder / "slurm").symlink_to(ROOT / "slurm")
+    settings = {"INPUT": asked, "TOKENIZER": "tiktoken:gpt2", "OUTPUT": str(site.folder / "out")}
+    done = site.run("tokenize_fineweb.sh", **settings, MATMAMBA_ROOT=str(site.folder))
+    assert (done.returncode, f"INPUT={asked}: no such file" in done.stderr) == ((0, False) if found else (2, True))
+
+
+def test_a_tokenizer_or_data_that_is_not_there_is_said_before_the_job(site: Site) -> None:
+    settings = {"INPUT": str(site.folder), "OUTPUT": str(site.folder / "out"), "TOKENIZER": "/none/tokenizer.json"}
+    done = site.run("tokenize_fineweb.sh", **settings)
+    assert (done.returncode, "TOKENIZER=/none/tokenizer.json: no such file" in done.stderr) == (2, True)
+    done = site.run("evaluate.sh", MODEL=str(site.folder), DATA="/none/shards")
+    assert (done.returncode, "DATA=/none/shards: no such folder" in done.stderr) == (2, True)
+    assert site.run("evaluate.sh", MODEL=str(site.folder), DATA="s3://bucket/shards").returncode == 0
