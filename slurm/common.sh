@@ -3,7 +3,7 @@
 #
 # Every setting is an environment variable with a default (docs/slurm.md lists them; sbatch passes the environment on):
 #   DATA                 folder of token shards; default: the config's data.path
-#   RUN_DIR              where the run writes and resumes from; default: the config's run_dir
+#   RUN_DIR              where the run writes and resumes from; default: the config's run_dir; not for the sweep
 #   CONFIG               another config file than the script's own; not for the sweep
 #   NODES TASKS_PER_NODE fewer nodes or tasks than were allocated; default: all
 #   VENV                 virtual environment; default: .venv in the repository

@@ -27,6 +27,7 @@ source "$ROOT/slurm/common.sh"
 GRID=${GRID:-$ROOT/slurm/scaling_grid.txt}
 [[ -r $GRID ]] || die "GRID=$GRID cannot be read"
 [[ -z ${CONFIG:-} ]] || die "CONFIG=$CONFIG would replace the config of every run of GRID=$GRID: unset it"
+[[ -z ${RUN_DIR:-} ]] || die "RUN_DIR=$RUN_DIR: every run of the sweep has its own, in SWEEP_DIR: unset it, and set that one"
 run_of_grid() {
   local line name config overrides
   line=$(grep -v -e '^ *#' -e '^ *$' "$GRID" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")

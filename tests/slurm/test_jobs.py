@@ -337,6 +337,7 @@ def test_what_is_fine_is_said_without_submitting(site: Path, tmp_path: Path) -> 
     done = called_by_bash(site, "pretrain_1b4.sh", "data.micro_batch=32", **unset)
     assert done.returncode == 2
     assert "not a multiple of data-parallel size 32 x data.micro_batch=32" in done.stderr
+    del unset["RUN_DIR"]
     assert "settings are fine" in called_by_bash(site, "scaling_sweep.sh", **unset).stdout
     done = called_by_bash(site, "evaluate.sh", **unset)
     assert (done.returncode, "MODEL is not set" in done.stderr) == (2, True)
@@ -377,9 +378,10 @@ def test_the_vision_scripts_check_their_own_configs(size: str, site: Path, tmp_p
     assert (done.returncode, "model.n_classes=10, but" in done.stderr) == (2, True)
     done = called_by_bash(site, script, **{**settings, "DATA": str(site / "shards")})
     assert (done.returncode, "is of tokens, not of images" in done.stderr) == (2, True)
+    assert "did you mean data.image_size" in called_by_bash(site, script, "data.image_siez=192", **settings).stderr
+    del settings["RUN_DIR"]
     done = called_by_bash(site, "scaling_sweep.sh", **{**settings, "GRID": str(ROOT / "slurm" / "vision_grid.txt")})
     assert (done.returncode, "settings are fine" in done.stdout) == (0, True)
-    assert "did you mean data.image_size" in called_by_bash(site, script, "data.image_siez=192", **settings).stderr
 
 
 def test_a_classifier_trains_by_its_script(cluster: Cluster, site: Path) -> None:

@@ -242,3 +242,9 @@ def test_a_tokenizer_or_data_that_is_not_there_is_said_before_the_job(site: Site
     done = site.run("evaluate.sh", MODEL=str(site.folder), DATA="/none/shards")
     assert (done.returncode, "DATA=/none/shards: no such folder" in done.stderr) == (2, True)
     assert site.run("evaluate.sh", MODEL=str(site.folder), DATA="s3://bucket/shards").returncode == 0
+
+
+def test_the_sweep_refuses_a_run_dir(site: Site) -> None:
+    done = site.run("scaling_sweep.sh", RUN_DIR=str(site.run_dir))
+    assert (done.returncode, f"RUN_DIR={site.run_dir}: every run of the sweep has its own" in done.stderr) == (2, True)
+    assert "SWEEP_DIR" in done.stderr
