@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for what the user can mend."""
     args = _parser().parse_args(argv)
     try:
+        output = Path(args.output)
+        _check(args, output)
         sources = find_sources(args.input, args.hub_config)
         model = train(
             sample_lines(sources, args.text_column, int(args.sample_mb * 1e6)),
@@ -37,16 +39,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_type=args.model_type,
             n_threads=args.threads,
         )
-        output = Path(args.output)
-        if output.suffix != ".model":
-            raise ValueError(f"--output {output}: must end in .model, by which tokenize_fineweb.py knows its kind")
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, model)
     except (InputError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{output}: {args.model_type}, {args.vocab_size} pieces, {len(model):,} bytes")
     return 0
+
+
+def _check(args: argparse.Namespace, output: Path) -> None:
+    """Raise ValueError or OSError where the options cannot be had or the model could not be written; makes its folder."""
+    if output.suffix != ".model":
+        raise ValueError(f"--output {output}: must end in .model, by which tokenize_fineweb.py knows its kind")
+    if output.exists():
+        raise ValueError(
+            f"--output {output}: it is there, and data may have been made with it: name another, or remove it"
+        )
+    if args.sample_mb <= 0:
+        raise ValueError(f"--sample-mb {args.sample_mb:g}: must be positive")
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: must be at least 1")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {output}: nothing can be written into {output.parent}")
 
 
 def sample_lines(sources: list[Source], text_column: str, n_bytes: int) -> Iterator[str]:

@@ -48,6 +48,42 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--output", "{tmp}/t.json", "must end in .model"),
+        ("--output", "{tmp}/t.model", "t.model: it is there"),
+        ("--output", "{tmp}/file/new.model", "file"),  # its folder is a file
+        ("--output", "/proc/self/new.model", "nothing can be written into /proc/self"),
+        ("--sample-mb", "0", "--sample-mb 0: must be positive"),
+        ("--threads", "0", "--threads 0: must be at least 1"),
+    ],
+)
+def test_training_checks_before_it_reads(
+    option: str,
+    value: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def read(*arguments: object) -> None:
+        raise AssertionError("an input was looked for")
+
+    monkeypatch.setattr(train_tokenizer, "find_sources", read)
+    monkeypatch.setattr(train_tokenizer.os, "access", lambda path, mode: str(path) != "/proc/self")  # root may all
+    (tmp_path / "t.model").write_text("another's")
+    (tmp_path / "file").touch()
+    arguments = {
+        "--input": "texts.jsonl",
+        "--output": str(tmp_path / "other.model"),
+        option: value.format(tmp=tmp_path),
+    }
+    assert train_tokenizer.main([word for pair in arguments.items() for word in pair]) == 2
+    assert says in capsys.readouterr().err
+    assert (tmp_path / "t.model").read_text() == "another's"
+
+
 def same_as_reference(fast: TextTokenizer, reference: TextTokenizer, texts: list[str]) -> None:
     for text, a, b in zip(texts, fast.encode_batch(texts), reference.encode_batch(texts), strict=True):
         assert np.array_equal(a, b), text
