@@ -333,7 +333,9 @@ def merge_parts(output: Path) -> int:
     counts = ", ".join(f"{split} {manifest.n_tokens[split]:,} tokens" for split in SPLITS)
     print(f"{output}: {counts}; skipped {manifest.extra['skipped'] or 'none'}")
     if not manifest.n_tokens["val"]:
-        print("the val split is empty: raise --val-fraction to validate on this dataset")
+        print(
+            "the val split is empty, and pretrain needs one: prepare again with a larger --val-fraction, into a new --output"
+        )
     return 0
 
 

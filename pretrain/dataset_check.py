@@ -28,6 +28,11 @@ def check_dataset(cfg: DataConfig, vocab_size: int, *, training: bool = True) ->
     for split, n_needed in (("train", cfg.sequences_per_step), ("val", 1)) if training else (("val", 1),):
         n_rows = check_index(cfg.path, cfg.cache_dir, split)
         n_sequences = n_rows * (manifest.row_tokens // cfg.seq_len)
+        if split == "val" and not n_sequences:
+            raise ConfigError(
+                f"{cfg.path}: split val is empty, and the run validates on it: prepare the data again with a larger "
+                "--val-fraction, into a new --output"
+            )
         if n_sequences < n_needed:
             raise ConfigError(
                 f"{cfg.path}: split {split} holds {n_sequences} sequences of {cfg.seq_len} tokens, a step needs "

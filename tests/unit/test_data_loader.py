@@ -247,6 +247,9 @@ def test_check_dataset_refuses_what_cannot_train(dataset: Path, tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match="not a token dataset"):
         check_dataset(config(tmp_path), VOCAB)
     write_dataset(tmp_path / "d")
+    (tmp_path / "d" / "val" / "index.json").write_text('{"version": 2, "shards": []}')
+    with pytest.raises(ConfigError, match=r"split val is empty, .* larger --val-fraction, into a new --output"):
+        check_dataset(config(tmp_path / "d"), VOCAB)
     (tmp_path / "d" / "train" / "index.json").write_text("{")
     with pytest.raises(DatasetError, match="not an MDS index"):
         check_dataset(config(tmp_path / "d"), VOCAB)

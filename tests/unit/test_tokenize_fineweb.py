@@ -213,13 +213,16 @@ def test_what_cannot_be_a_document_is_counted(folder: Path, tmp_path: Path) -> N
     assert manifest.n_documents["train"] == 2
 
 
-def test_invalid_utf8_in_parquet_costs_one_document(folder: Path, tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_costs_one_document(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import pyarrow as pa
 
     binary = pa.array([b"good", b"\xff\xfe bad", None, b"fine"], pa.binary())
     pq.write_table(pa.table({"text": binary.view(pa.string())}), tmp_path / "u.parquet")
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     assert prepare(tmp_path, tmp_path / "out", "--val-fraction", "0", inputs=("u.parquet",)) == 0
+    assert "the val split is empty, and pretrain needs one" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "out")
     assert manifest.extra["skipped"] == {"invalid_utf8": 1, "no_text": 1}
     assert manifest.n_documents["train"] == 2
