@@ -29,6 +29,10 @@ SHARD_HASH = "sha256"
 SPLITS = ("train", "val")
 
 
+class KindError(ValueError):
+    """A dataset of another kind than the one that is read: tokens for images, or the other way."""
+
+
 def token_dtype(vocab_size: int) -> str:
     """The narrowest of uint16 and uint32 that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
@@ -94,7 +98,8 @@ def manifest_kind(folder: str | Path) -> str:
 def manifest_values(folder: str | Path, kind: type[Any], *, what: str, script: str) -> dict[str, Any]:
     """The fields of the `kind` of manifest at `folder`, for the constructor. `what` and `script` are for the messages.
 
-    Raises FileNotFoundError where there is none, ValueError where it is not one that this version can read.
+    Raises FileNotFoundError where there is none, KindError where it is of another kind, ValueError where it is not one that
+    this version can read.
     """
     path = Path(folder) / MANIFEST_NAME
     try:
@@ -112,7 +117,7 @@ def manifest_values(folder: str | Path, kind: type[Any], *, what: str, script: s
     known = {field.name: field.default for field in fields(kind)}
     found_kind, own_kind = raw.get("kind", "tokens"), known.get("kind", "tokens")
     if found_kind != own_kind:
-        raise ValueError(f"{path} is of {found_kind}, not of {own_kind}: name a dataset made by {script}")
+        raise KindError(f"{path} is of {found_kind}, not of {own_kind}: name a dataset made by {script}")
     if version != known["schema_version"]:
         raise ValueError(
             f"{path} has schema version {version}, this code reads {known['schema_version']}: prepare the data again"

@@ -12,7 +12,7 @@ from streaming.base.storage import CloudDownloader
 from data_prep.shard_schema import INDEX_NAME, MANIFEST_NAME, Manifest, file_sha256, read_manifest
 from pretrain.config import SampleData
 from pretrain.config_sections import ConfigError, DataConfig
-from pretrain.manifest_check import check_manifest
+from pretrain.manifest_check import check_manifest, of_its_kind
 from pretrain.shard_store import DatasetError
 
 
@@ -95,7 +95,8 @@ def dataset_sha256(data: SampleData) -> str:
 
 def manifest_of(cfg: DataConfig) -> Manifest:
     """The dataset's manifest, fetched anew where the dataset is remote; refuses a cache of another dataset."""
-    return read_manifest(manifest_folder(cfg.path, cfg.cache_dir))
+    with of_its_kind():
+        return read_manifest(manifest_folder(cfg.path, cfg.cache_dir))
 
 
 def manifest_folder(dataset: str, cache_dir: str) -> str:

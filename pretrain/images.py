@@ -28,7 +28,7 @@ from data_prep.shard_schema import SPLITS
 from pretrain.dataset_check import check_index, manifest_folder
 from pretrain.image_config import AugmentConfig, ImageDataConfig
 from pretrain.image_transform import evaluation_pixels, training_pixels
-from pretrain.manifest_check import check_image_manifest
+from pretrain.manifest_check import check_image_manifest, of_its_kind
 from pretrain.shard_store import DatasetError, RowStore
 from pretrain.stream import RowOrder, StepLoader, batch_loader
 
@@ -244,7 +244,8 @@ def check_image_dataset(cfg: ImageDataConfig, n_classes: int | None, *, training
 
 
 def _manifest_of(cfg: ImageDataConfig) -> ImageManifest:
-    return read_image_manifest(manifest_folder(cfg.path, cfg.cache_dir))
+    with of_its_kind():
+        return read_image_manifest(manifest_folder(cfg.path, cfg.cache_dir))
 
 
 def _n_classes(cfg: ImageDataConfig) -> int:

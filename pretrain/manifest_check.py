@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.image_schema import ImageManifest, read_image_manifest
-from data_prep.shard_schema import MANIFEST_NAME, Manifest, file_sha256, read_manifest
+from data_prep.shard_schema import MANIFEST_NAME, KindError, Manifest, file_sha256, read_manifest
 from pretrain.config import LanguageRunConfig, RunConfig
 from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.image_config import ImageDataConfig
@@ -54,6 +56,15 @@ def check_run(cfg: RunConfig) -> None:
         check_image_manifest(read_image_manifest(cfg.data.path), cfg.data, cfg.model.n_classes)
     elif isinstance(cfg, LanguageRunConfig):
         check_manifest(read_manifest(cfg.data.path), cfg.data, cfg.model.vocab_size)
+
+
+@contextmanager
+def of_its_kind() -> Iterator[None]:
+    """A dataset of another kind than the run's, when its manifest is read inside, is the config's mistake: ConfigError."""
+    try:
+        yield
+    except KindError as error:
+        raise ConfigError(f"data.path: {error}") from error
 
 
 def check_manifest(manifest: Manifest, cfg: DataConfig, vocab_size: int) -> None:

@@ -12,6 +12,7 @@ from pretrain.config_sections import ConfigError
 from pretrain.distributed import RankError, init_ranks
 from pretrain.restarts import main as restarts
 from pretrain.train import main as train
+from tests.datasets import write_image_dataset
 from tests.distributed.harness import run_ranks, start_ranks
 from tests.distributed.toy_run import damage, run_config
 
@@ -64,6 +65,7 @@ def test_paths_that_are_not_there_are_misuse(
         (["seed=5"], "seed=5, but"),
         (["checkpoint.resume=never"], "holds 1 checkpoints after step 0"),
         (["data.seq_len=24", "data.tokens_per_step=192"], "does not divide the dataset's rows"),
+        (["data.path={images}"], "is of images, not of tokens"),
         (["run_dir={tmp}", "logging.wandb=online"], "logging.wandb=online: WANDB_API_KEY invalid"),
     ],
     ids=str,
@@ -77,7 +79,8 @@ def test_what_only_the_ranks_find_is_misuse_too(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    overrides = [text.format(tmp=tmp_path / "run") for text in overrides]
+    images = write_image_dataset(tmp_path / "images")
+    overrides = [text.format(tmp=tmp_path / "run", images=images) for text in overrides]
     assert ended_with(config, *overrides) == [2, 2]
     assert says in capfd.readouterr().err
 

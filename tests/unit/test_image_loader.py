@@ -243,7 +243,7 @@ def test_check_refuses_what_cannot_train(dataset: Path, tmp_path: Path, caplog: 
         check_image_dataset(with_manifest(**fewer), N_CLASSES)
     with pytest.raises(ValueError, match="schema version 99"):
         check_image_dataset(with_manifest(schema_version=99), N_CLASSES)
-    with pytest.raises(ValueError, match="is of tokens, not of images"):
+    with pytest.raises(ConfigError, match="is of tokens, not of images"):
         check_image_dataset(with_manifest(kind="tokens"), N_CLASSES)
     with caplog.at_level(logging.WARNING):
         check_image_dataset(with_manifest(resize_short=26), N_CLASSES)
