@@ -24,6 +24,8 @@ from pretrain.train import EXIT_REQUEUE
 
 FOLDER = Path("demo")
 RUN = FOLDER / "run"
+MADE = ("text", "tokenizer.model", "shards", "run", "losses.png")
+"""All that the demo puts into its folder."""
 CONFIG = "configs/lm_tiny.yaml"
 STOP_AFTER_STEP = 50
 ROWS = ("--row-tokens", "256", "--val-fraction", "0.05")
@@ -35,8 +37,7 @@ console = Console()
 def main() -> int:
     """Run every stage; returns 0 where all of them did what they should."""
     start = time.monotonic()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
+    clear()
     text = str(FOLDER / "text" / "*.parquet")
     tokenizer = str(FOLDER / "tokenizer.model")
     shards = str(FOLDER / "shards")
@@ -64,6 +65,16 @@ def main() -> int:
         return fail("a width's validation loss did not fall")
     console.print(f"\nDone in {time.monotonic() - start:.0f} s. Loss curves: {FOLDER / 'losses.png'}; the run: {RUN}")
     return 0
+
+
+def clear() -> None:
+    """Remove what an earlier demo made, and nothing else of the folder: docs put data sets of their own there."""
+    FOLDER.mkdir(exist_ok=True)
+    for name in MADE:
+        if (FOLDER / name).is_dir():
+            shutil.rmtree(FOLDER / name)
+        else:
+            (FOLDER / name).unlink(missing_ok=True)
 
 
 def step(title: str, command: list[str]) -> None:
