@@ -21,7 +21,11 @@ def main(argv: list[str] | None = None) -> int:
         from pretrain.status import main as status
 
         return status(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m pretrain", description="Pretrain a nested MatMamba2 model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain",
+        description="Pretrain a nested MatMamba2 model.",
+        epilog="python -m pretrain status FOLDER says where the runs in a folder stand.",
+    )
     parser.add_argument("config", nargs="?", help="YAML file of the run, e.g. configs/lm_130m.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optim.lr=3e-4")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, bytes and steps; train nothing")

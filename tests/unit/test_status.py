@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pretrain import status, sweep
+from pretrain.__main__ import main as pretrain
 from pretrain.config_io import config_from_dict, config_to_yaml
 
 
@@ -179,3 +180,9 @@ def test_a_classifiers_run_shows_images_and_right_answers(tmp_path: Path, capsys
     page = (tmp_path / "run" / "report.html").read_text()
     assert "[1] 62.50%" in page
     assert "<td>640</td>" in page
+
+
+def test_the_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain(["--help"])
+    assert "python -m pretrain status FOLDER" in capsys.readouterr().out
