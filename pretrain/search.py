@@ -30,6 +30,7 @@ from pretrain.checkpoint_model import load_language_model
 from pretrain.data import Batch, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks
+from pretrain.evaluate import check_outputs
 from pretrain.language_task import submodel_losses
 
 COSTS = {"parameters": "parameters", "flops": "FLOPs a token", "memory": "bytes", "latency": "seconds a step"}
@@ -121,9 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.points < 1 or args.trials < 0 or args.batch < 1:
             raise ValueError(f"--points {args.points} --trials {args.trials} --batch {args.batch}: too small")
-        for path in (args.output, args.plot):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+        check_outputs(args.output, args.plot)
         model, cfg = load_language_model(args.checkpoint)
         if len(cfg.model.widths) < 2:
             raise ValueError(f"model.widths={list(cfg.model.widths)}: there is nothing to mix with one trained width")

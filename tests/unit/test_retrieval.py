@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from modeling import retrieval
 from modeling.retrieval import retrieval_scores
+from pretrain.evaluate import main as evaluate
+from pretrain.retrieval import main as retrieve
 
 
 def at(*degrees: float) -> Tensor:
@@ -68,3 +73,12 @@ def test_what_cannot_be_scored_is_refused(queries: tuple[int, int], labels: list
         retrieval_scores(
             torch.randn(queries), torch.randn(2, 3), torch.tensor(labels), torch.tensor([0, 1]), own_n=True
         )
+
+
+@pytest.mark.parametrize("program", [evaluate, retrieve])
+def test_where_results_cannot_be_written_is_said_first(
+    program: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, says in ((tmp_path / "none" / "out.json", "there is no folder"), (tmp_path, "is a folder")):
+        assert program(["no such run", "--json", str(path)]) == 2
+        assert f"error: {path}: {says}" in capsys.readouterr().err, "the run was looked for first"
