@@ -34,6 +34,8 @@ from modeling.text import Text, TextStream, open_text
 PAGE = Path(__file__).with_name("serve_page.html")
 HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "}
 HEADERS["Content-Security-Policy"] += "connect-src 'self'; base-uri 'none'; form-action 'none'"
+LOOK_EVERY_S = 1.0
+"""Seconds between two looks at whether a client is still there."""
 
 
 @dataclass
@@ -116,6 +118,7 @@ def build_app(served: Served) -> FastAPI:
         await asyncio.to_thread(served.queue.stop)
 
     app = FastAPI(title="MatMamba", lifespan=lifespan, docs_url=None, redoc_url=None)
+    watches = set[asyncio.Task[None]]()
 
     @app.exception_handler(RequestError)
     async def refuse(_request: Request, error: RequestError) -> Response:
@@ -147,6 +150,9 @@ def build_app(served: Served) -> FastAPI:
         loop = asyncio.get_running_loop()
         job = Job(request, lambda item: _tell(loop, told, item))
         served.queue.put(job)
+        watch = asyncio.create_task(_cancel_when_gone(http, job))
+        watches.add(watch)  # the loop itself holds tasks weakly
+        watch.add_done_callback(watches.discard)
         about = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -156,15 +162,14 @@ def build_app(served: Served) -> FastAPI:
         answer = Answer(served, request)
         if request.stream:
             # The first item is awaited here, so that a refusal in the line still has its status.
-            first = await _next(told, http, job)
-            events = _events(served, about, answer, job, told, first, http)
+            events = _events(served, about, answer, job, told, await _next(told))
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         texts = answer.start()
-        while (tokens := await _next(told, http, job)) is not None:
-            texts = [text + new for text, new in zip(texts, answer.push(tokens), strict=True)]
-            if all(answer.finished):
-                job.cancelled.set()
-                break
+        try:
+            while not all(answer.finished) and (tokens := await _next(told)) is not None:
+                texts = [text + new for text, new in zip(texts, answer.push(tokens), strict=True)]
+        finally:
+            job.cancelled.set()
         texts = [text + new for text, new in zip(texts, answer.end(), strict=True)]
         choices = [_choice(i, text, answer.finished[i]) for i, text in enumerate(texts)]
         return JSONResponse({**about, "choices": choices, **_usage(served, answer, job)})
@@ -177,15 +182,17 @@ def _tell(loop: asyncio.AbstractEventLoop, told: asyncio.Queue[Any], item: Any) 
         loop.call_soon_threadsafe(told.put_nowait, item)
 
 
-async def _next(told: asyncio.Queue[Any], http: Request, job: Job) -> list[int] | None:
-    """The worker's next word. Raises RequestError where it failed; cancels the job where the client has gone."""
-    while True:
-        try:
-            item = await asyncio.wait_for(told.get(), timeout=1.0)
-            break
-        except TimeoutError:
-            if await http.is_disconnected():
-                job.cancelled.set()
+async def _cancel_when_gone(http: Request, job: Job) -> None:
+    """Cancel the job once its client has gone, however fast its tokens come; ends with the request."""
+    while not job.cancelled.is_set():
+        if await http.is_disconnected():
+            job.cancelled.set()
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _next(told: asyncio.Queue[Any]) -> list[int] | None:
+    """The worker's next word. Raises RequestError where it failed."""
+    item = await told.get()
     if isinstance(item, RequestError):
         raise item
     if isinstance(item, Exception):
@@ -201,7 +208,6 @@ async def _events(
     job: Job,
     told: asyncio.Queue[Any],
     tokens: list[int] | None,
-    http: Request,
 ) -> AsyncIterator[str]:
     """The answer as server-sent events. A client that goes away cancels the job."""
     try:
@@ -216,7 +222,7 @@ async def _events(
                     yield _event({**about, "choices": [_choice(i, text, reported[i])]})
             if all(answer.finished):
                 break
-            tokens = await _next(told, http, job)
+            tokens = await _next(told)
         for i, text in enumerate(answer.end()):
             if reported[i] is None:
                 yield _event({**about, "choices": [_choice(i, text, answer.finished[i])]})

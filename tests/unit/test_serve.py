@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -222,6 +223,49 @@ def test_a_full_line_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
         for thread in threads:
             thread.join(timeout=20)
         assert answers == [200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_cancels_its_request(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its tokens never stop coming."""
+    from modeling import request_queue, serve
+
+    entered, ended = threading.Event(), threading.Event()
+
+    def endless(*_args: object, **_more: object) -> Iterator[torch.Tensor]:
+        try:
+            for _ in range(10_000):
+                entered.set()
+                time.sleep(0.001)
+                yield torch.tensor([65])
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(request_queue, "generate", endless)
+    monkeypatch.setattr(serve, "LOOK_EVERY_S", 0.05)
+    own = served()
+    body = json.dumps({"prompt": "a", "max_tokens": 40, "stream": stream}).encode()
+    given: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if given:
+            return given.pop()
+        while not entered.is_set():
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(_message: object) -> None:
+        pass
+
+    async def request() -> bool:
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        answer = asyncio.ensure_future(build_app(own)({**scope, "query_string": b""}, receive, send))
+        is_over = await asyncio.to_thread(ended.wait, 2)
+        answer.cancel()
+        return is_over
+
+    assert asyncio.run(request())
+    own.queue.stop()
 
 
 @contextlib.contextmanager
