@@ -19,6 +19,7 @@ class Text:
     encode: Callable[[str], list[int]]
     """Ids of a text, nothing added; special tokens' names are plain text."""
     decode: Callable[[Sequence[int]], str]
+    """Text of ids. Those that the tokenizer does not have, which a model of a larger vocabulary may draw, add none."""
     eos_id: int
     """Id that ends a document."""
     vocab_size: int
@@ -109,10 +110,12 @@ def _sentencepiece(spec: str) -> Text:
     def encode(text: str) -> list[int]:
         return list(processor.encode(text, out_type=int))
 
-    def decode(ids: Sequence[int]) -> str:
-        return str(processor.decode([int(i) for i in ids]))
+    size = processor.vocab_size()
 
-    return Text(encode, decode, processor.eos_id(), processor.vocab_size())
+    def decode(ids: Sequence[int]) -> str:
+        return str(processor.decode([int(i) for i in ids if i < size]))
+
+    return Text(encode, decode, processor.eos_id(), size)
 
 
 def _tiktoken(spec: str) -> Text:
@@ -128,10 +131,13 @@ def _tiktoken(spec: str) -> Text:
             "folder that tiktoken filled on a machine with one, or name a tokenizer file"
         ) from None
 
-    def decode(ids: Sequence[int]) -> str:
-        return str(encoding.decode(list(ids)))
+    special = encoding._special_tokens
+    known = frozenset([*encoding._mergeable_ranks.values(), *special.values()])  # some encodings have gaps
 
-    return Text(encoding.encode_ordinary, decode, _eos(encoding._special_tokens, spec), encoding.max_token_value + 1)
+    def decode(ids: Sequence[int]) -> str:
+        return str(encoding.decode([i for i in ids if i in known]))
+
+    return Text(encoding.encode_ordinary, decode, _eos(special, spec), encoding.max_token_value + 1)
 
 
 def _eos(ids: dict[str, int], where: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -207,6 +208,25 @@ def test_tiktoken_without_a_network_says_the_way_out(
         ValueError, match=r"tiktoken:gpt2: .*could not fetch.*no route.*TIKTOKEN_CACHE_DIR.*tokenizer file"
     ):
         opener("tiktoken:gpt2")
+
+
+def test_ids_that_no_tokenizer_has_are_no_text(
+    byte_level: Path, sentencepiece: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may have more tokens than its tokenizer, and draws them now and then."""
+    specs = [str(byte_level), str(sentencepiece)]
+    with contextlib.suppress(ImportError):
+        import tiktoken
+
+        ranks = {bytes([b]): b for b in range(256)}
+        gap = tiktoken.Encoding("gap", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
+        monkeypatch.setattr(tiktoken, "get_encoding", lambda _: gap)
+        specs.append("tiktoken:gap")
+        assert open_text("tiktoken:gap", 50304).decode([104, 270, 105]) == "hi"
+    for spec in specs:
+        text = open_text(spec, 50304)
+        ids = text.encode("some text")
+        assert text.decode([*ids[:1], text.vocab_size, 50303, *ids[1:]]) == "some text"
 
 
 def _no_network(name: str) -> None:
