@@ -146,7 +146,7 @@ class MatMambaLM(TemplateLM):
         if asked.get("do_sample"):
             sampling = Sampling(temperature=float(asked.get("temperature", 1.0)), top_p=float(asked.get("top_p", 1.0)))
         prompts = [self.text.encode(context) or [self.eot_token_id] for context in contexts]
-        streams, watches = [TextStream(self.text) for _ in prompts], [StopWatch(stops) for _ in prompts]
+        streams, watches = [TextStream(self.text, prompt) for prompt in prompts], [StopWatch(stops) for _ in prompts]
         texts, done = [""] * len(prompts), [False] * len(prompts)
         n = int(asked.get("max_gen_toks", asked.get("max_new_tokens", DEFAULT_NEW_TOKENS)))
         for tokens_b in generate(self.model, prompts, self.widths, max_new_tokens=n, sampling=sampling):

@@ -70,7 +70,7 @@ class Answer:
 
     def __init__(self, served: Served, request: Completion) -> None:
         self._served, self.request = served, request
-        self._streams = [TextStream(served.text) for _ in request.prompts]
+        self._streams = [TextStream(served.text, prompt) for prompt in request.prompts]
         self._stops = [StopWatch(request.stops) for _ in request.prompts]
         self.finished: list[str | None] = [None] * len(request.prompts)
         self.n_new = 0

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
+IDS_BEFORE = 8
+"""Ids of a prompt that the text after it is decoded with."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,12 @@ class Text:
 class TextStream:
     """Text of ids as they come: a character that needs several tokens appears when its last one does."""
 
-    def __init__(self, text: Text) -> None:
-        self._text, self._ids, self._shown = text, list[int](), ""
+    def __init__(self, text: Text, before: Sequence[int] = ()) -> None:
+        """`before` are the ids that the text goes on from, which are not shown: some tokenizers leave out the space at the
+        beginning of a text."""
+        # Few are enough, and all would be decoded again at every push.
+        self._text, self._ids = text, list(before[-IDS_BEFORE:])
+        self._shown = text.decode(self._ids)
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids; returns the text that is complete now and was not before."""

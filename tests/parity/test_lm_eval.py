@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,19 @@ def test_generation_stops_at_the_tasks_words(folder: Path) -> None:
     stop = whole[5]
     cut = lm.generate_until([Request(("The", {"until": [stop], "max_gen_toks": 30}))])[0]
     assert cut == whole[: whole.index(stop)]
+
+
+def test_the_space_between_a_context_and_its_continuation_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizers like Llama's leave one out at the beginning of a text."""
+    lm = MatMambaLM(str(folder), device="cpu")
+    real = lm.text
+    lm.text = replace(real, decode=lambda ids: real.decode(ids).removeprefix(" "))
+    new = [torch.tensor([i, i]) for i in real.encode(" fox")]
+    monkeypatch.setattr("modeling.lm_eval.generate", lambda *_args, **_more: iter(new))
+    asked = {"until": [], "max_gen_toks": len(new)}
+    assert lm.generate_until([Request(("The", asked)), Request(("A brown", asked))]) == [" fox", " fox"]
 
 
 @pytest.mark.parametrize(

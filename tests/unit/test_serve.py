@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,14 +21,14 @@ pytest.importorskip("httpx", reason="FastAPI's test client needs httpx")
 
 from fastapi.testclient import TestClient
 
-from modeling.completions import Limits
+from modeling.completions import Limits, parse
 from modeling.config import LanguageConfig
 from modeling.convert import cut_mix
 from modeling.decode import generate
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.request_queue import RequestQueue
-from modeling.serve import Served, build_app
+from modeling.serve import Answer, Served, build_app
 from modeling.text import Text
 
 CFG = LanguageConfig(n_layers=2, d_model=64, headdim=16, widths=(8, 4, 1), d_state=8, vocab_size=128)
@@ -121,6 +122,16 @@ def test_a_batch_of_unequal_prompts_equals_single_requests(client: TestClient) -
     assert [choice["index"] for choice in together] == [0, 1, 2]
     for prompt, choice in zip(prompts, together, strict=True):
         assert choice["text"] == ask(client, prompt=prompt)["choices"][0]["text"]
+
+
+def test_the_space_between_a_prompt_and_its_answer_is_kept() -> None:
+    """Tokenizers like Llama's leave one out at the beginning of a text."""
+    own = served()
+    own.text = replace(BYTES, decode=lambda ids: bytes(ids).decode().removeprefix(" "))
+    answer = Answer(own, parse({"prompt": "The", "echo": True}, own.model, "tiny", own.text, own.limits))
+    assert answer.start() == ["The"]
+    assert "".join(answer.push([i])[0] for i in b" fox") == " fox"
+    own.queue.stop()
 
 
 def test_stop_texts_and_seeds(client: TestClient, shared: Served) -> None:
