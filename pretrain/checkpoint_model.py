@@ -30,9 +30,10 @@ def load_model(folder: Path, *, weights: str = "auto") -> tuple[Backbone, RunCon
 
     `weights` is one of WEIGHTS: the moving average where the run keeps one, unless told otherwise.
 
-    Raises CheckpointError.
+    Raises CheckpointError where there is none, or where its files are not what was written.
     """
     reader = Reader(find_checkpoint(folder))
+    reader.verify()
     cfg = config_from_dict(reader.manifest["config"])
     reader.check_model(cfg.model)
     model = build_model(cfg.model)

@@ -17,6 +17,7 @@ from modeling.export import read_state
 from modeling.language import LanguageModel
 from modeling.tensor_parallel import layout_of
 from pretrain.checkpoint import begin, checkpoint_dir, commit, write_rank_file
+from pretrain.checkpoint_model import load_model
 
 CFG = LanguageConfig(n_layers=2, d_model=32, headdim=8, widths=(8, 4), d_state=8, vocab_size=100)
 
@@ -98,3 +99,13 @@ def test_a_file_cut_short_is_named(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors has \d+ bytes, the manifest says"):
         read_state(run)
+
+
+@pytest.mark.parametrize("load", [read_state, load_model])
+def test_a_number_that_changed_on_disk_is_noticed(run: Path, load: Callable[[Path], object]) -> None:
+    path = run / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors: contents do not match"):
+        load(run)
