@@ -44,6 +44,11 @@ class Limits:
     stop_characters: int = 200
     """Characters of one stop text."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: a request may ask for at least 1")
+
 
 class RequestError(ValueError):
     """A request that is refused: what is wrong, which field, and the HTTP status.
@@ -101,7 +106,7 @@ def parse(body: Any, model: InferenceModel, name: str, text: Text, limits: Limit
         prompts=[prompt for prompt in prompts for _ in range(n)],
         widths=widths,
         width=width,
-        max_tokens=_integer(body, "max_tokens", 16, 1, limits.new_tokens),
+        max_tokens=_integer(body, "max_tokens", min(16, limits.new_tokens), 1, limits.new_tokens),
         sampling=sampling,
         seed=None if body.get("seed") is None else _integer(body, "seed", 0, 0, 2**63 - 1),
         stops=_stops(body.get("stop"), limits),

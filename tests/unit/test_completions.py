@@ -41,6 +41,13 @@ def test_defaults_are_openais(model: InferenceModel) -> None:
     assert (request.stream, request.echo, request.stops, request.seed) == (False, False, (), None)
 
 
+def test_the_default_number_of_tokens_is_within_the_servers(model: InferenceModel) -> None:
+    assert parsed(model, prompt="ab").max_tokens == LIMITS.new_tokens < 16
+    for name in ("prompt_tokens", "new_tokens"):
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            Limits(**{name: 0})
+
+
 @pytest.mark.parametrize(
     ("prompt", "ids"),
     [("", [[0]]), (["a", "b"], [[97], [98]]), ([5, 6], [[5, 6]]), ([[5], [6, 7]], [[5], [6, 7]])],
