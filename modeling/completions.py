@@ -16,7 +16,7 @@ from modeling.nesting import LayerWidths, parse_layer_widths
 from modeling.sampling import Sampling
 from modeling.text import Text
 
-IGNORED = ("user", "stream_options")
+IGNORED = ("user",)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "frequency_penalty": (None, 0),
@@ -75,6 +75,8 @@ class Completion:
     seed: int | None
     stops: tuple[str, ...]
     stream: bool
+    include_usage: bool
+    """Whether a stream ends with an event of no choices, which has the counts."""
     echo: bool
 
 
@@ -82,7 +84,8 @@ def parse(body: Any, model: InferenceModel, name: str, text: Text, limits: Limit
     """The request that `body` (decoded JSON) makes of the model called `name`. Raises RequestError."""
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
-    known = {"model", "prompt", "width", "max_tokens", "temperature", "top_p", "n", "stream", "stop", "seed", "echo"}
+    known = {"model", "prompt", "width", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "echo"}
+    known |= {"stream", "stream_options"}
     for key, value in body.items():
         if key in NEUTRAL and value not in NEUTRAL[key]:
             raise RequestError(f"{key} is not supported: leave it out", key)
@@ -111,6 +114,7 @@ def parse(body: Any, model: InferenceModel, name: str, text: Text, limits: Limit
         seed=None if body.get("seed") is None else _integer(body, "seed", 0, 0, 2**63 - 1),
         stops=_stops(body.get("stop"), limits),
         stream=_flag(body, "stream"),
+        include_usage=_include_usage(body.get("stream_options")),
         echo=_flag(body, "echo"),
     )
 
@@ -204,6 +208,12 @@ def _stops(raw: Any, limits: Limits) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS or any(len(stop) > limits.stop_characters for stop in stops):
         raise RequestError(f"stop: at most {MAX_STOPS} texts of at most {limits.stop_characters} characters", "stop")
     return tuple(stops)
+
+
+def _include_usage(options: Any) -> bool:
+    if options is not None and not (isinstance(options, dict) and options.keys() <= {"include_usage"}):
+        raise RequestError('stream_options must be {"include_usage": true}, or false', "stream_options")
+    return _flag(options or {}, "include_usage")
 
 
 def _sendable(text: str) -> str:

@@ -226,7 +226,8 @@ async def _events(
         for i, text in enumerate(answer.end()):
             if reported[i] is None:
                 yield _event({**about, "choices": [_choice(i, text, answer.finished[i])]})
-        yield _event({**about, "choices": [], **_usage(served, answer, job)})
+        if answer.request.include_usage:
+            yield _event({**about, "choices": [], **_usage(served, answer, job)})
     except RequestError as error:
         yield _event(_error(error))
     finally:

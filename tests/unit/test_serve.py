@@ -102,7 +102,7 @@ def test_a_completion_is_the_text_of_its_width(client: TestClient, shared: Serve
 def test_a_stream_is_the_same_text(client: TestClient) -> None:
     for body in ({}, {"width": "1/2", "echo": True}, {"prompt": ["The", "A longer prompt"], "max_tokens": 9}):
         whole = ask(client, **body)
-        pieces = events(client, **body)
+        pieces = events(client, **body, stream_options={"include_usage": True})
         texts = dict.fromkeys(range(len(whole["choices"])), "")
         reasons = {}
         for piece in pieces:
@@ -114,6 +114,12 @@ def test_a_stream_is_the_same_text(client: TestClient) -> None:
         assert list(reasons.values()) == [choice["finish_reason"] for choice in whole["choices"]]
         assert pieces[-1]["usage"] == whole["usage"]
         assert len(pieces) > 3
+        assert [piece["choices"] for piece in pieces].count([]) == 1
+
+
+def test_every_event_has_a_choice_unless_the_counts_are_asked_for(client: TestClient) -> None:
+    """OpenAI's own example takes choices[0] of each."""
+    assert all(len(piece["choices"]) == 1 for piece in events(client, stream_options=None))
 
 
 def test_a_batch_of_unequal_prompts_equals_single_requests(client: TestClient) -> None:
