@@ -72,7 +72,7 @@ class Search:
         Raises ValueError where even the narrowest trained width costs more.
         """
         ladder = [self.cfg.layer_widths(n_heads) for n_heads in self.cfg.widths]
-        if self._cost_of(ladder[-1]) > budget:
+        if not self._cost_of(ladder[-1]) <= budget:  # also where the budget is not a number
             raise ValueError(
                 f"budget {budget:g}: the narrowest trained width already costs {self._cost_of(ladder[-1]):g}; give more"
             )
@@ -211,7 +211,7 @@ def read_widths(text: str, n_heads: int, n_layers: int) -> LayerWidths:
         widths = presets[name]["widths"]
         if not isinstance(widths, list) or not all(isinstance(n, int) for n in widths):
             raise ValueError(f"{file}: preset {name!r} is no list of head counts")
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no presets file ({error!r})") from None
     check_layer_widths(widths, n_heads, n_layers, 1)
     return tuple(widths)

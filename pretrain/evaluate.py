@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +39,12 @@ def changed_data(cfg: RunConfig, path: str | None, n_samples: int, image_size: i
     return replace(cfg, data=changed, logging=replace(cfg.logging, eval_sequences=n_samples))
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Raise ValueError where a file could not be written to one of these paths; None is none."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
-        if path is not None and path.is_dir():
-            raise ValueError(f"{path}: is a folder, name a file")
+def check_writable(path: Path | None) -> None:
+    """Raise ValueError where no file can be written at `path`, to say so before the work; None: none is to be."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise ValueError(f"{path}: cannot be written as a file, name another")
 
 
 def line_of(scores: Scores) -> str:
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
     try:
-        check_outputs(args.json)
+        check_writable(args.json)
         model, cfg = load_model(args.checkpoint, weights=args.weights)
         n_samples = args.samples if args.samples is not None else 0 if cfg.task == "vision" else 1024
         cfg = changed_data(cfg, args.data, n_samples, args.image_size)

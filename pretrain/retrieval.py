@@ -29,7 +29,7 @@ from pretrain.augment import normalised
 from pretrain.checkpoint_model import load_model
 from pretrain.distributed import Ranks, close_ranks, init_ranks
 from pretrain.dry_run import plain_console
-from pretrain.evaluate import changed_data, check_outputs
+from pretrain.evaluate import changed_data, check_writable
 from pretrain.images import ImageBatch, check_image_dataset
 from pretrain.tasks import task_of
 from pretrain.vision_config import VisionRunConfig
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
     try:
-        check_outputs(args.json)
+        check_writable(args.json)
         model, cfg = load_model(args.checkpoint, weights=args.weights)
         if not isinstance(model, VisionModel):
             raise ValueError(f"{args.checkpoint} is of task={cfg.task}: retrieval is of images")

@@ -3,7 +3,8 @@
     python -m pretrain.search RUN --cost flops -o presets.json --plot curve.png
 
 The search chooses on one half of the validation sequences; the table and the curve show losses on the other half, which it
-never saw. A preset is used as `--width @presets.json:NAME` by modeling.generate, modeling.export and modeling.serve.
+never saw. A preset is used as `--width @presets.json:NAME` by modeling.generate, modeling.export, pretrain.evaluate and
+pretrain.calibrate, and as `width=@presets.json:NAME` by modeling.lm_eval.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pretrain.checkpoint_model import load_language_model
 from pretrain.data import Batch, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks
-from pretrain.evaluate import check_outputs
+from pretrain.evaluate import check_writable
 from pretrain.language_task import submodel_losses
 
 COSTS = {"parameters": "parameters", "flops": "FLOPs a token", "memory": "bytes", "latency": "seconds a step"}
@@ -122,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.points < 1 or args.trials < 0 or args.batch < 1:
             raise ValueError(f"--points {args.points} --trials {args.trials} --batch {args.batch}: too small")
-        check_outputs(args.output, args.plot)
+        for path in (args.output, args.plot):
+            check_writable(path)
         model, cfg = load_language_model(args.checkpoint)
         if len(cfg.model.widths) < 2:
             raise ValueError(f"model.widths={list(cfg.model.widths)}: there is nothing to mix with one trained width")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ from modeling.search import (
     read_widths,
     write_presets,
 )
+from pretrain import evaluate, retrieval, search
 
 CFG = LanguageConfig(n_layers=5, d_model=64, headdim=16, widths=(8, 4, 2, 1), d_state=16, vocab_size=100)
 WORTH = (0.9, 0.1, 0.5, 0.3, 0.7)
@@ -105,6 +108,8 @@ def test_a_budget_is_kept_or_refused() -> None:
     assert search.best(cost(CFG.layer_widths(2))).widths == CFG.layer_widths(2)
     with pytest.raises(ValueError, match="narrowest trained width already costs"):
         search.best(cost(CFG.layer_widths(1)) - 1)
+    with pytest.raises(ValueError, match="budget nan"):
+        search.best(math.nan)
     with pytest.raises(ValueError, match="outside the trained widths"):
         interpolated(search.trained(), 1.0)
 
@@ -132,9 +137,11 @@ def test_presets_are_found_by_name(tmp_path: Path) -> None:
     for point in points:
         assert read_widths(f"@{path}:{point.name}", 8, 5) == point.widths
     assert read_widths("1/2", 8, 5) == (4,) * 5
+    (tmp_path / "curve.png").write_bytes(b"\x89PNG")
     cases = {
         f"@{path}:9h": "no preset '9h': it has 8h",
         "@nowhere.json:1": "no presets file",
+        f"@{tmp_path / 'curve.png'}:1": "curve.png is no presets file",
         "@name": "write @FILE:NAME",
     }
     for text, message in cases.items():
@@ -147,3 +154,13 @@ def test_presets_are_found_by_name(tmp_path: Path) -> None:
     path.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="layer 2: width 99"):
         read_widths(f"@{path}:8h", 8, 5)
+
+
+@pytest.mark.parametrize("tool", [evaluate, retrieval, search])
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = "--plot" if tool is search else "--json"
+    for path, message in ((tmp_path / "none" / "x", "there is no folder"), (tmp_path, "cannot be written as a file")):
+        assert tool.main(["no run", option, str(path)]) == 2
+        assert message in capsys.readouterr().err
