@@ -61,8 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        if len(args.width or []) > 1 and (len(args.prompt) > 1 or args.speculate):
+        if len(args.width or []) > 1 and (len(args.prompt) > 1 or args.speculate is not None):
             raise ValueError("several turns need one prompt and no --speculate")
+        for prompt in args.prompt:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
+                raise ValueError(f"--prompt {prompt[:80]!a} is not UTF-8 text")
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
         sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
@@ -75,12 +78,14 @@ def main(argv: list[str] | None = None) -> int:
         check_prompts(prompts, model.cfg.vocab_size)
         for one in widths:
             model.check_widths(one)
-        draft = args.speculate and read_widths(args.speculate, model.cfg.n_heads, model.cfg.n_layers)
+        draft = None
+        if args.speculate is not None:
+            draft = read_widths(args.speculate, model.cfg.n_heads, model.cfg.n_layers)
         generator = torch.Generator(model.device).manual_seed(args.seed)
         common = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "generator": generator}
         start = time.perf_counter()
         note, n_new = "", 0
-        if draft:
+        if draft is not None:
             rounds = speculate(model, prompts, widths[0], draft, draft_tokens=args.draft_tokens, **common)
             if len(prompts) == 1:
                 rounds = _shown(rounds, prompts[0], text)

@@ -35,11 +35,15 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     try:
-        kind = torch.device(device).type
+        where = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r}: must be cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: there is no GPU here: use cpu")
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: must be cpu, cuda or cuda:N")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs, use one of them or cpu"
+        )
     if (path / CONFIG_NAME).exists():
         model, tokenizer = load_language_model(path), _beside(path)
     else:

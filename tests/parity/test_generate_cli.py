@@ -132,6 +132,10 @@ def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[s
         (("--tokenizer", "absent.json"), "absent.json: no such file"),
         (("--max-new-tokens", "0"), "must be at least 1"),
         (("--device", "abacus"), "device 'abacus': must be cpu, cuda or cuda:N"),
+        (("--device", "meta"), "device 'meta': must be cpu, cuda or cuda:N"),
+        (("--device", "cuda:99"), "device 'cuda:99': this machine has"),
+        (("--speculate", ""), "width ''"),
+        (("--prompt", "a\udcffb"), r"--prompt 'a\udcffb' is not UTF-8 text"),
         (("--width", "1", "--width", "1/2", "--prompt", "x"), "several turns need one prompt"),
     ],
 )
