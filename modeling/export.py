@@ -58,12 +58,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, BackboneConfig, dict[str, Any]]:
     """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and what its data was.
 
-    `weights` is one of checkpoint_reader.WEIGHTS. Raises CheckpointError or ModelFolderError; ValueError where a model folder holds a mix, which cannot be cut again.
+    `weights` is one of checkpoint_reader.WEIGHTS. Raises CheckpointError, or ModelFolderError also where the folder holds a part that was cut out.
     """
     if (folder / CONFIG_NAME).exists():
         model = load_model(folder)
         if len(set(model.held)) > 1 or model.held[0] != model.cfg.n_heads:
-            raise ModelFolderError(f"{folder} holds a mix that was cut out: export from the checkpoint it came from")
+            heads = ",".join(f"{n}h" for n in (model.held if len(set(model.held)) > 1 else model.held[:1]))
+            raise ModelFolderError(
+                f"{folder} holds a part that was cut out ({heads} of {model.cfg.n_heads}h), which has this format alone: "
+                f"export --width {heads} of the run or the whole model that it came from"
+            )
         return {name: p.detach() for name, p in model.named_parameters()}, model.cfg, {}
     if not (folder / "manifest.json").exists():
         latest = folder / "checkpoints" / "latest"
