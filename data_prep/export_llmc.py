@@ -10,6 +10,7 @@ token goes into a file; the last file of a split is shorter.
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         manifest = read_manifest(args.folder)
         for split in SPLITS:
-            export(Path(args.folder), manifest, split, Path(args.output), args.file_tokens)
+            export(Path(args.folder).absolute(), manifest, split, Path(args.output), args.file_tokens)
     except (ShardError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,10 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(folder: Path, manifest: Manifest, split: str, output: Path, file_tokens: int) -> int:
-    """Write `output/NAME_split_000000.bin` and so on; the number of files."""
+    """Write `output/NAME_split_000000.bin` and so on; the number of files. Raises FileExistsError where some are there."""
     if file_tokens < 1:
         raise ValueError(f"--file-tokens {file_tokens}: must be at least 1")
     output.mkdir(parents=True, exist_ok=True)
+    # Whoever trains on them takes all that match: some of an earlier export would give it tokens twice.
+    if earlier := sorted(output.glob(f"{glob.escape(folder.name)}_{split}_*.bin")):
+        raise FileExistsError(f"{earlier[0]} is there already: name a new folder, or remove the earlier files")
     n_files = 0
     pending = np.empty(0, token_dtype(manifest.vocab_size))
     for ids in _stream(folder, manifest, split):

@@ -414,7 +414,7 @@ def test_verification_finds_wrong_ids_and_counts(
     assert verify_shards.main([str(tmp_path)]) == 2
 
 
-def test_llmc_files_hold_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+def test_llmc_files_hold_the_same_tokens(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert prepare(folder, out) == 0
     assert export_llmc.main([str(out), "--output", str(tmp_path / "bin"), "--file-tokens", "1000"]) == 0
@@ -426,6 +426,9 @@ def test_llmc_files_hold_the_same_tokens(folder: Path, tmp_path: Path) -> None:
         ids += body.tolist()
     expected = tokens(out, "train")
     assert ids == [expected[-1], *expected[:-1]]
+    # Larger files would leave the last of these behind, which a trainer would take for part of the set.
+    assert export_llmc.main([str(out), "--output", str(tmp_path / "bin"), "--file-tokens", "2000"]) == 2
+    assert "out_train_000000.bin is there already: name a new folder" in capsys.readouterr().err
 
 
 def test_shards_read_back(folder: Path, tmp_path: Path) -> None:
