@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g}: out of range")
         if args.output.exists():
             raise FileExistsError(f"{args.output} exists: name a new folder")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         whole, cfg = load_language_model(args.checkpoint)
         widths = read_widths(args.width, cfg.model.n_heads, cfg.model.n_layers)
         data = replace(cfg.data, micro_batch=min(args.batch, cfg.data.micro_batch), n_workers=0)
@@ -149,7 +151,10 @@ def main(argv: list[str] | None = None) -> int:
             seed=cfg.seed,
         )
         state = {name: p.detach().cpu() for name, p in model.named_parameters()}
-        save_model(args.output, state, cfg.model, widths)
+        # Whole or not at all: what is left of a kill would be refused by the next try.
+        with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}-") as aside:
+            save_model(Path(aside) / "model", state, cfg.model, widths)
+            (Path(aside) / "model").rename(args.output)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

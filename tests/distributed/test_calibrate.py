@@ -76,3 +76,21 @@ def test_mistakes_are_named(
     assert run_ranks(1, calibrate.main, [str(run_dir), "-o", str(tmp_path / "mix"), *arguments]) == [2]
     assert message in capfd.readouterr().err
     assert not (tmp_path / "mix").exists()
+
+
+def disk_fills_up(arguments: list[str]) -> int:
+    """calibrate, where half of the folder can be written."""
+
+    def half(folder: Path, *_: object) -> None:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    calibrate.save_model = half  # type: ignore[assignment]  # in a process of its own
+    return calibrate.main(arguments)
+
+
+def test_the_folder_appears_whole_or_not_at_all(run_dir: Path, tmp_path: Path) -> None:
+    arguments = [str(run_dir), "--width", "1,1/4", "-o", str(tmp_path / "mix"), "--steps", "1", "--batch", "2"]
+    assert run_ranks(1, disk_fills_up, [*arguments, "--sequences", "2"]) == [2]
+    assert list(tmp_path.iterdir()) == []
