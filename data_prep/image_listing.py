@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,24 +202,40 @@ def _lines(path: str, option: str) -> list[str]:
 def _with_labels(found: list[Found], path: str) -> list[Found]:
     """The images with the classes that `path` gives: "NAME CLASS" lines (also Kaggle's csv), or one class a line.
 
-    The latter are for the images in the order of their names.
+    The latter are for the images in the order of their names. Raises InputError where a name is not of one image, or one class.
     """
     lines = [re.split(r"[\s,]+", line) for line in _lines(path, "--val-labels")]
     if all(len(words) == 1 for words in lines):
         if len(lines) != len(found):
             raise InputError(f"--val-labels {path}: {len(lines)} classes for {len(found)} images: one line for each")
-        in_order = sorted(range(len(found)), key=lambda i: found[i].ref.name)
-        classes = {found[i].ref.name: words[0] for i, words in zip(in_order, lines, strict=True)}
+        in_order = sorted(one.ref.name for one in found)
+        _check_differ(in_order, path)
+        classes = {name: words[0] for name, words in zip(in_order, lines, strict=True)}
         return [one._replace(class_name=classes[one.ref.name]) for one in found]
-    classes = {_stem(words[0]): words[1] for words in lines if len(words) > 1}
-    missing = [one.ref.name for one in found if _stem(one.ref.name) not in classes]
+    _check_differ([_label_key(one.ref.name) for one in found], path)
+    classes = {}
+    for name, class_name in (words[:2] for words in lines if len(words) > 1):
+        if classes.setdefault(_label_key(name), class_name) != class_name:
+            raise InputError(f"--val-labels {path}: {name} is of class {classes[_label_key(name)]} and of {class_name}")
+    missing = [one.ref.name for one in found if _label_key(one.ref.name) not in classes]
     if missing:
         raise InputError(f"--val-labels {path}: says nothing of {len(missing)} images, {missing[0]} among them")
-    return [one._replace(class_name=classes[_stem(one.ref.name)]) for one in found]
+    return [one._replace(class_name=classes[_label_key(one.ref.name)]) for one in found]
 
 
-def _stem(name: str) -> str:
-    return Path(name).name.split(".")[0]
+def _label_key(name: str) -> str:
+    """What --val-labels calls an image: its file's name, and Kaggle's leave out that it is a JPEG."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+
+
+def _check_differ(names: list[str], path: str) -> None:
+    twice = next((name for name, n in Counter(names).items() if n > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"--val-labels {path}: two images of val are called {twice}, so a name does not tell them apart: put the "
+            "images of each class in a folder named after it"
+        )
 
 
 def _known(one: Found, label_of: dict[str, int], options: SourceOptions) -> int:

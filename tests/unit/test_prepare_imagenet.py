@@ -108,6 +108,28 @@ def test_ilsvrcs_archives(originals: dict[str, dict[str, bytes]], tmp_path: Path
     assert_is(tmp_path / "out", originals)
 
 
+def test_labels_are_of_whole_names(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name has dots in it, as scanned.1.jpg has; one that two images share, or two classes, is refused."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"scanned.{i}.jpg" for i in range(6)]
+    write_tree(Path("val"), {name: WHOLE for name in names})
+    Path("labels").write_text("".join(f"{name} {CLASSES[i % 3]}\n" for i, name in enumerate(names)))
+    arguments = ("--train", str(folder / "train"), "--val", "val", "--val-labels", "labels")
+    assert prepare(tmp_path / "out", *arguments) == 0
+    assert [(name, label) for _, label, name in contents(tmp_path / "out", "val")] == [
+        (name, i % 3) for i, name in enumerate(names)
+    ]
+    with open("labels", "a") as file:
+        file.write("scanned.4 cat\n")
+    assert prepare(tmp_path / "two", *arguments) == 2
+    assert "scanned.4 is of class bee and of cat" in capsys.readouterr().err
+    write_tree(Path("val"), {"more/scanned.4.jpg": WHOLE})
+    assert prepare(tmp_path / "two", *arguments) == 2
+    assert "two images of val are called scanned.4" in capsys.readouterr().err
+
+
 def test_archives_of_class_folders_and_of_one_class_each(
     originals: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
