@@ -9,6 +9,7 @@ manifest. What a crash leaves beyond the journal is written again, identically.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import sys
@@ -167,6 +168,9 @@ class Preparation:
             "world_size": self.world_size,
             "sources": [[source.path, source.n_bytes] for source in mine],
         }
+        if self.world_size > 1:  # a job that sees another list takes another share: some files twice, some never
+            listed = json.dumps([[source.path, source.n_bytes] for source in self.sources])
+            plain["all_sources_sha256"] = hashlib.sha256(listed.encode()).hexdigest()
         del plain["reference_encoder"]  # decides the speed, not the bytes
         plain_copy: dict[str, Any] = json.loads(json.dumps(plain))  # tuples become lists, as after a resume
         return plain_copy
@@ -353,8 +357,17 @@ def _part_tokens(journal: Journal) -> dict[str, int]:
 
 def _check_same(output: Path, journals: dict[str, Journal]) -> None:
     first, *others = [{k: v for k, v in j.settings.items() if k != "sources"} for j in journals.values()]
-    if any(other != first for other in others):
-        raise OutputError(f"{output}: its parts were made with different settings: prepare them again, all alike")
+    changed = sorted({key for other in others for key in first | other if first.get(key) != other.get(key)})
+    if "all_sources_sha256" in changed:
+        raise OutputError(
+            f"{output}: its jobs saw different lists of input files, so some files may be in it twice and others not at "
+            "all: when no file comes or goes any more, prepare all parts again, into another --output"
+        )
+    if changed:
+        raise OutputError(
+            f"{output}: its parts were made with different settings ({', '.join(changed)}): prepare all of them again, "
+            "into another --output"
+        )
 
 
 def _manifest(journals: dict[str, Journal]) -> Manifest:

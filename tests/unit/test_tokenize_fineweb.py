@@ -115,6 +115,33 @@ def test_an_array_of_jobs_is_merged(folder: Path, tmp_path: Path, capsys: pytest
     assert prepare(folder, out, "--world-size", "3", "--rank", "0") == 2
 
 
+def test_jobs_that_saw_other_files_are_not_merged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that comes between two jobs' starts moves the others' places: here b and d would be there twice, c never."""
+    files = tmp_path / "files"
+    files.mkdir()
+    for name in "abcd":
+        corpus.write_jsonl(files / f"{name}.jsonl", [f"a text of {name}"])
+    out = tmp_path / "out"
+    assert prepare(folder, out, "--world-size", "2", "--rank", "1", inputs=(str(files),)) == 0
+    corpus.write_jsonl(files / "a2.jsonl", ["a text that came later"])
+    assert prepare(folder, out, "--world-size", "2", "--rank", "0", inputs=(str(files),)) == 0
+    assert tokenize_fineweb.main(["--merge", "--output", str(out)]) == 2
+    assert "its jobs saw different lists of input files" in capsys.readouterr().err
+    assert not (out / "manifest.json").exists()
+
+
+def test_parts_of_other_settings_are_not_merged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out, "--world-size", "2", "--rank", "0") == 0
+    assert prepare(folder, out, "--world-size", "2", "--rank", "1", "--max-document-mb", "2") == 0
+    assert tokenize_fineweb.main(["--merge", "--output", str(out)]) == 2
+    assert "made with different settings (max_document_bytes)" in capsys.readouterr().err
+
+
 def test_a_part_that_the_filters_leave_empty_does_not_stop_the_merge(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
