@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -106,8 +107,29 @@ def find_sources(inputs: list[str], hub_config: str = "") -> list[Source]:
         with reading(f"--input {text}"):
             named = _expand(text, hub_config)
         for source in named:
-            sources.setdefault(source.path, source)
+            sources.setdefault(file_place(source.path), source)
     return list(sources.values())
+
+
+def file_place(path: str) -> str:
+    """One text for all the ways to write the path of a file: ./a, a and /where/we/are/a. A link is a file of its own."""
+    return path if path.startswith("hf://") else os.path.abspath(path)
+
+
+def folders_below(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """`folder` and every folder in it at any depth, behind links too, in order, each with the names of its files in order.
+
+    Raises InputError where a folder cannot be listed, or a link leads back to a folder that it lies in.
+    """
+
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out in silence
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.islink(place) and any(map(Path(place).samefile, Path(place).absolute().parents)):
+            raise InputError(f"{place}: is a link to a folder that it lies in, so its files would never end: remove it")
+        subfolders.sort()
+        yield place, sorted(names)
 
 
 def _expand(text: str, hub_config: str) -> list[Source]:
@@ -115,7 +137,7 @@ def _expand(text: str, hub_config: str) -> list[Source]:
         return _hub_sources(text.removeprefix("hf://").removeprefix("datasets/"), hub_config)
     path = Path(text)
     if path.is_dir():
-        paths = sorted(str(p) for p in path.rglob("*") if p.is_file() and _kind(p.name))
+        paths = sorted(str(Path(place, name)) for place, names in folders_below(path) for name in names if _kind(name))
     elif path.is_file():
         paths = [text]
     else:

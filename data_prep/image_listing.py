@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.corpus_io import InputError, find_sources
+from data_prep.corpus_io import InputError, file_place, find_sources
 from data_prep.image_sources import IMAGE_SUFFIXES, Found, ImageRef, in_folder, in_parquet, in_tar
 from data_prep.shard_schema import SPLITS
 
@@ -276,7 +276,7 @@ def _share_out(images: list[ImageRef], fraction: float, seed: int) -> tuple[list
 def _check_once(train: list[ImageRef], val: list[ImageRef]) -> None:
     seen: set[tuple[str, int, int]] = set()
     for ref in (*train, *val):
-        place = (ref.path, ref.group, ref.offset)
+        place = (file_place(ref.path), ref.group, ref.offset)
         if place in seen:
             raise InputError(
                 f"{ref.path}: {ref.name} is named twice: by two of the sources of train, or by train and val"

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.corpus_io import InputError, open_binary, unreadable
+from data_prep.corpus_io import InputError, folders_below, open_binary, unreadable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -48,10 +48,9 @@ class Found(NamedTuple):
 
 def in_folder(folder: Path) -> Iterator[Found]:
     """Images in class folders, at any depth below them; those at the top are of no class."""
-    for place, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders.sort()
+    for place, names in folders_below(folder):
         below = Path(place).relative_to(folder)
-        for name in sorted(files):
+        for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 path = os.path.join(place, name)
                 class_name = below.parts[0] if below.parts else None

@@ -310,6 +310,7 @@ def test_a_class_whose_images_were_all_left_out_is_an_error(
         (["--train", "cut.parquet", "--val-fraction", "0.1"], "cut short or damaged"),
         (["--train", "train", "train", "--val-fraction", "0.1"], "is named twice"),
         (["--train", "train", "--val", "train"], "is named twice"),
+        (["--train", "train", "--val", "../{here}/train"], "is named twice"),
         (["--train", "train", "--val", "flat"], "give the classes with --val-labels"),
         (["--train", "train", "--val", "flat", "--val-labels", "two"], "2 classes for 1 images"),
         (["--train", "train", "--val", "flat", "--val-labels", "other"], "says nothing of 1 images, a.jpg"),
@@ -342,7 +343,7 @@ def test_inputs_that_cannot_be_are_named(
     whole = write_tar(tmp_path / "cut.tar", {"ant/a.jpg": WHOLE, "ant/b.jpg": WHOLE}).read_bytes()
     Path("cut.tar").write_bytes(whole[:2000])
     Path("cut.parquet").write_bytes(b"PAR1")
-    assert prepare(tmp_path / "out", *arguments) == 2
+    assert prepare(tmp_path / "out", *(argument.format(here=tmp_path.name) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 from streaming import MDSWriter
 
 from data_prep import corpus_io, export_llmc, shard_writer, tokenize_fineweb, verify_shards
-from data_prep.corpus_io import Filters, InputError, Source, chunks, documents
+from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
 from data_prep.encode_worker import in_val
+from data_prep.image_sources import in_folder
 from data_prep.shard_reader import part_tokens, read_shard, split_parts
 from data_prep.shard_schema import mds_columns, read_manifest
 from data_prep.shard_writer import ShardLayout
@@ -253,6 +255,40 @@ def test_invalid_utf8_in_parquet_costs_one_document(
     manifest = read_manifest(tmp_path / "out")
     assert manifest.extra["skipped"] == {"invalid_utf8": 1, "no_text": 1}
     assert manifest.n_documents["train"] == 2
+
+
+def test_a_file_is_read_once_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw/a.jsonl", "raw/more/b.jsonl", "elsewhere/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        corpus.write_jsonl(tmp_path / name, ["a text"])
+    (tmp_path / "raw" / "linked").symlink_to(tmp_path / "elsewhere")
+    inputs = ["raw", "./raw/a.jsonl", "raw/../raw/more/*.jsonl", str(tmp_path / "raw")]
+    assert [source.path for source in find_sources(inputs)] == ["raw/a.jsonl", "raw/linked/c.jsonl", "raw/more/b.jsonl"]
+
+
+@pytest.mark.parametrize("sources", [find_sources, lambda folders: list(in_folder(Path(folders[0])))])
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: Callable[[list[str]], Any]
+) -> None:
+    """Left out in silence, it would take a share of the texts with it, or a class."""
+    (tmp_path / "raw" / "closed").mkdir(parents=True)
+    real = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match="closed: cannot be listed"):
+        sources([str(tmp_path / "raw")])
+    (tmp_path / "raw" / "closed").rmdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "raw" / "linked").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "loop").symlink_to(tmp_path / "raw")
+    with pytest.raises(InputError, match="loop: is a link to a folder that it lies in"):
+        sources([str(tmp_path / "raw")])
 
 
 def test_compressed_lines_are_read_and_cut_ones_refused(tmp_path: Path) -> None:
