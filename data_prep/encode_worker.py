@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus_io import Chunk, Filters, documents, sha256_of
-from data_prep.prep_job import follow_parent
+from data_prep.prep_job import WORKER_KILLED, OutputError, follow_parent
 from data_prep.shard_schema import token_dtype
 from data_prep.tokenizers_io import TextTokenizer, open_tokenizer
 
@@ -127,7 +128,8 @@ def in_val(raw: bytes, fraction: float) -> bool:
 def encode_in_order(chunks: Iterable[Chunk], settings: EncodeSettings, n_workers: int) -> Generator[EncodedChunk]:
     """The encoded chunks, in order, by `n_workers` processes (1: in this one).
 
-    At most CHUNKS_AHEAD chunks a worker are in flight, so memory does not grow with the corpus.
+    At most CHUNKS_AHEAD chunks a worker are in flight, so memory does not grow with the corpus. Raises OutputError where a
+    worker was killed.
     """
     if n_workers <= 1:
         encoder = Encoder(settings)
@@ -143,6 +145,8 @@ def encode_in_order(chunks: Iterable[Chunk], settings: EncodeSettings, n_workers
                 yield waiting.pop(0).result()
         while waiting:
             yield waiting.pop(0).result()
+    except BrokenProcessPool:
+        raise OutputError(WORKER_KILLED) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

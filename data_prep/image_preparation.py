@@ -31,6 +31,7 @@ from data_prep.image_schema import IMAGE_COLUMNS, POLICY_LOG_NAME, ImageManifest
 from data_prep.image_sources import ImageRef, read_images
 from data_prep.prep_job import (
     PROGRESS_FOLDER,
+    WORKER_KILLED,
     OutputError,
     already_finished,
     check_settings,
@@ -190,10 +191,7 @@ class ImagePreparation:
             while running:
                 yield from _done(running)
         except BrokenProcessPool:
-            raise OutputError(
-                f"{self.output}: a worker process was killed, for want of memory perhaps: run it again with fewer "
-                "--workers; what was done is kept"
-            ) from None
+            raise OutputError(f"{self.output}: {WORKER_KILLED}") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS_FOLDER = ".progress"
+WORKER_KILLED = (
+    "a worker process was killed, for want of memory perhaps: run it again with fewer --workers; what was done is kept"
+)
 
 
 class OutputError(ValueError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import resource
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import MDSWriter
 
-from data_prep import corpus_io, export_llmc, shard_writer, tokenize_fineweb, verify_shards
+from data_prep import corpus_io, export_llmc, preparation, shard_writer, tokenize_fineweb, verify_shards
 from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
 from data_prep.encode_worker import in_val
 from data_prep.image_sources import in_folder
@@ -440,6 +441,25 @@ def test_a_file_size_limit_is_an_error_too(folder: Path, tmp_path: Path) -> None
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 2
     assert not list((tmp_path / "out").rglob("shard.*"))
+
+
+def test_a_killed_worker_is_an_error_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel kills one for want of memory."""
+    real = preparation.chunks
+
+    def and_a_kill(*arguments: Any) -> Iterator[Any]:
+        for chunk in real(*arguments):
+            yield chunk
+            for worker in multiprocessing.active_children():  # those of an earlier test may still be about to end
+                worker.kill()
+
+    monkeypatch.setattr(preparation, "chunks", and_a_kill)
+    assert prepare(folder, tmp_path / "out", "--workers", "2") == 2
+    assert "error: a worker process was killed" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert prepare(folder, tmp_path / "out") == 0
 
 
 def test_verification_names_every_damage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
