@@ -67,10 +67,10 @@ def in_tar(path: str) -> Iterator[Found]:
                     inside = outer.extractfile(member)
                     assert inside is not None, "a regular file can be read"
                     with tarfile.open(fileobj=inside, mode="r:") as inner:
-                        for image in _image_members(inner):
+                        for image in _image_members(inner, f"{path}: {member.name}"):
                             yield _tar_image(path, image, Path(member.name).stem, member.offset_data)
                         _check_end(inner, f"{path}: {member.name}")
-                elif _is_image(member):
+                elif _is_image(member, path):
                     class_name = numbers.get(_key(member.name), Path(member.name).parent.name or None)
                     yield _tar_image(path, member, class_name, 0)
             _check_end(outer, path)
@@ -86,13 +86,21 @@ def _check_end(archive: tarfile.TarFile, name: str) -> None:
         raise InputError(unreadable(name, ValueError(f"no end of archive and no header at byte {archive.offset:,}")))
 
 
-def _image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    return (member for member in archive if _is_image(member))
+def _image_members(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
+    return (member for member in archive if _is_image(member, name))
 
 
-def _is_image(member: tarfile.TarInfo) -> bool:
+def _is_image(member: tarfile.TarInfo, archive: str) -> bool:
+    """Raises InputError for an image, or an archive of them, that is a link: it would be missing without a word."""
     hidden = Path(member.name).name.startswith(".")
-    return member.isfile() and not hidden and member.name.lower().endswith(IMAGE_SUFFIXES)
+    if hidden or not member.name.lower().endswith((*IMAGE_SUFFIXES, ".tar")):
+        return False
+    if member.issym() or member.islnk():
+        raise InputError(
+            f"{archive}: {member.name} is a link to {member.linkname} and holds nothing itself: pack the archive again "
+            "with tar --dereference --hard-dereference, or without its links"
+        )
+    return member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _numbers_beside(archive: tarfile.TarFile, path: str) -> dict[str, int]:

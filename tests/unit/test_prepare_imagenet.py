@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,23 @@ def test_an_archive_that_stops_early_is_noticed(
     assert "train.tar: a.tar: cannot be read" in said if nested else "train.tar: cannot be read" in said
     assert f"no header at byte {6 * each:,}" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+def test_a_link_in_an_archive_is_no_image_left_out_in_silence(
+    nested: bool, kind: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "ant.tar", {f"ant/{i}.jpg": WHOLE for i in range(4)})
+    with tarfile.open(tmp_path / "ant.tar", "a") as archive:
+        link = tarfile.TarInfo("ant/5.jpg")
+        link.type, link.linkname = kind, "ant/1.jpg"
+        archive.addfile(link)
+    source = tmp_path / "ant.tar"
+    if nested:
+        source = write_tar(tmp_path / "train.tar", {"ant.tar": source.read_bytes()})
+    assert prepare(tmp_path / "out", "--train", str(source), "--val-fraction", "0.2") == 2
+    assert "ant.tar: ant/5.jpg is a link to ant/1.jpg" in capsys.readouterr().err
 
 
 def test_archives_beside_class_folders_are_not_guessed_about(
