@@ -92,6 +92,7 @@ def list_images(options: SourceOptions) -> Listing:
             "no class folder: put the images of each class in a folder named after it"
         )
     classes = names or sorted({str(one.class_name) for one in found})
+    _check_names(classes, found, options)
     label_of = {name: label for label, name in enumerate(classes)}
     train = [one.ref._replace(label=label_of[str(one.class_name)]) for one in found]
     if options.val:
@@ -106,6 +107,22 @@ def list_images(options: SourceOptions) -> Listing:
     _check_once(train, val)
     _check_classes(classes, train, val, bool(options.val))
     return Listing(classes, {"train": train, "val": val})
+
+
+def _check_names(classes: list[str], found: list[Found], options: SourceOptions) -> None:
+    """Refuse names that do not tell the classes apart, and images of none of them."""
+    twice = next((name for name, n in Counter(classes).items() if n > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"--train {' '.join(options.train)}: two classes are called {twice!r} (ImageNet has two cranes): give each a "
+            "name of its own with --class-names"
+        )
+    known = set(classes)
+    if stray := next((one for one in found if one.class_name not in known), None):
+        raise InputError(
+            f"--train {' '.join(options.train)}: {stray.ref.name} is of class {stray.class_name!r}, which is not among "
+            f"the names of the numbered classes, {', '.join(classes[:5])}, ...: mend --class-names, or leave its source out"
+        )
 
 
 def _list_sources(

@@ -195,6 +195,13 @@ def test_parquet_without_names_or_paths(
     assert prepare(tmp_path / "out", "--input", str(source), "--class-names", str(tmp_path / "names")) == 0
     assert_is(tmp_path / "out", originals)
     assert contents(tmp_path / "out", "val")[0][2] == "validation-00000-of-00002/0/0"
+    arguments = ("--train", *(str(tmp_path / name) for name in ("hub/data/train-*", "more")), "--val-fraction", "0.1")
+    write_tree(tmp_path / "more", {"dog/a.jpg": WHOLE})
+    assert prepare(tmp_path / "stray", *arguments, "--class-names", str(tmp_path / "names")) == 2
+    assert "dog/a.jpg is of class 'dog', which is not among the names of the numbered" in capsys.readouterr().err
+    (tmp_path / "names").write_text("ant\nbee\nant\n")
+    assert prepare(tmp_path / "twice", "--input", str(source), "--class-names", str(tmp_path / "names")) == 2
+    assert "two classes are called 'ant'" in capsys.readouterr().err
     (tmp_path / "names").write_text("ant\nbee\n")
     assert prepare(tmp_path / "few", "--input", str(source), "--class-names", str(tmp_path / "names")) == 2
     assert "has label 2, but there are 2 class names" in capsys.readouterr().err
