@@ -83,15 +83,19 @@ def read_image_shard(folder: Path, entry: dict[str, Any]) -> Iterator[tuple[byte
 
 
 def shard_bytes(folder: Path, entry: dict[str, Any]) -> tuple[Path, bytes]:
-    """The shard's file and its bytes, decompressed. Raises ShardError where size or checksum are not the index's."""
+    """The shard's file and its bytes, decompressed. Raises ShardError where size or checksum are not the index's.
+
+    Where training has decompressed a shard beside itself, both files are checked: the next run reads the one that it made.
+    """
     raw_info, zip_info = entry["raw_data"], entry["zip_data"]
-    info = zip_info if zip_info and (folder / zip_info["basename"]).is_file() else raw_info
-    path = folder / info["basename"]
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ShardError(f"shard {path}: {error.strerror}") from None
-    _check_bytes(path, data, info)
+    present = [info for info in (zip_info, raw_info) if info and (folder / info["basename"]).is_file()]
+    for info in present or [raw_info]:
+        path = folder / info["basename"]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ShardError(f"shard {path}: {error.strerror}") from None
+        _check_bytes(path, data, info)
     if info is zip_info:
         import zstd
 

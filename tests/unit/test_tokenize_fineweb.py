@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from streaming import MDSWriter
+from streaming import MDSWriter, StreamingDataset
 
 from data_prep import corpus_io, export_llmc, preparation, shard_writer, tokenize_fineweb, verify_shards
 from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
@@ -481,6 +481,22 @@ def test_verification_names_every_damage(folder: Path, tmp_path: Path, capsys: p
     ):
         assert expected in problems
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_verification_reads_what_training_decompressed_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that finds the decompressed shard reads that one."""
+    out = tmp_path / "out"
+    assert prepare(folder, out, "--compression", "zstd") == 0
+    StreamingDataset(local=str(out), split="train")[0]
+    assert verify_shards.main([str(out)]) == 0
+    raw = out / "train" / "shard.00000.mds"
+    data = bytearray(raw.read_bytes())
+    data[-1] ^= 255
+    raw.write_bytes(bytes(data))
+    assert verify_shards.main([str(out)]) == 1
+    assert "train/shard.00000.mds: the checksum" in capsys.readouterr().out
 
 
 def test_verification_finds_wrong_ids_and_counts(
