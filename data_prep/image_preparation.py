@@ -42,7 +42,15 @@ from data_prep.prep_job import (
 )
 from data_prep.progress import Progress
 from data_prep.shard_schema import MANIFEST_NAME, SPLITS
-from data_prep.shard_writer import ASIDE_SUFFIX, file_info, mds_config, mds_file, write_atomic, write_index
+from data_prep.shard_writer import (
+    ASIDE_SUFFIX,
+    check_shard_bytes,
+    file_info,
+    mds_config,
+    mds_file,
+    write_atomic,
+    write_index,
+)
 
 TASKS_AHEAD = 2
 COUNTED_ONLY = "converted_size"
@@ -82,8 +90,7 @@ class ImagePreparation:
     """Everything that decides the output; a run with other settings is refused."""
 
     def __post_init__(self) -> None:
-        if self.shard_bytes < 1:
-            raise ValueError(f"--shard-bytes {self.shard_bytes}: must be at least 1")
+        check_shard_bytes(self.shard_bytes)
         if self.n_workers < 1:
             raise ValueError(f"--workers {self.n_workers}: must be at least 1, or 0 for all cores")
         if not 0 <= self.rank < self.world_size:

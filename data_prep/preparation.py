@@ -39,6 +39,7 @@ from data_prep.shard_writer import (
     ShardLayout,
     SplitState,
     SplitWriter,
+    check_shard_bytes,
     shards_in,
     write_atomic,
     write_index,
@@ -86,13 +87,13 @@ class Preparation:
             raise ValueError(f"--row-tokens {self.row_tokens}: must be at least 1")
         least = {
             "--max-tokens": (self.max_tokens, 0),
-            "--shard-bytes": (self.shard_bytes, 1),
             "--workers": (self.n_workers, 1),
             "--max-document-mb": (self.settings.max_document_bytes >> 20, 1),
         }
         for option, (value, bound) in least.items():
             if value < bound:
                 raise ValueError(f"{option} {value}: must be at least {bound}")
+        check_shard_bytes(self.shard_bytes)
         kind, _, level = self.compression.partition(":")
         if self.compression and (kind != "zstd" or (level and not (level.isdigit() and 1 <= int(level) <= 22))):
             raise ValueError(f"--compression {self.compression}: use zstd or zstd:LEVEL, 1..22")

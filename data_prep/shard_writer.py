@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from data_prep.shard_schema import INDEX_NAME, SHARD_HASH, mds_columns, token_dtype
 
 ASIDE_SUFFIX = ".tmp"
+MAX_SHARD_BYTES = 2 << 30
+"""What a shard may be asked to hold: half of what MDS's offsets reach, because sizes are estimates and offsets come on top."""
 
 Ids = NDArray[np.unsignedinteger]
 
@@ -42,6 +44,12 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_shard_bytes(shard_bytes: int) -> None:
+    """Raise ValueError for a size that no MDS shard can have: its writing would show that only 4 GiB of work later."""
+    if not 1 <= shard_bytes <= MAX_SHARD_BYTES:
+        raise ValueError(f"--shard-bytes {shard_bytes}: must be at least 1, at most {MAX_SHARD_BYTES} (2 GiB)")
 
 
 def mds_config(columns: dict[str, str], sizes: Sequence[int | None], compression: str = "") -> dict[str, Any]:

@@ -325,6 +325,7 @@ def test_a_class_whose_images_were_all_left_out_is_an_error(
         (["--train", "train", "--val", "flat", "--val-labels", "number"], "use a list of synsets"),
         (["--train", "train", "--val-fraction", "1.0"], "above 0 and below 1"),
         (["--val", "train"], "--input or --train is required"),
+        (["--train", "train", "--val-fraction", "0.5", "--shard-bytes", "4294967296"], "at most 2147483648 (2 GiB)"),
         (["--input", ".", "--train", "train"], "--input and --train"),
     ],
 )

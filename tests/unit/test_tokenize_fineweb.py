@@ -346,6 +346,7 @@ def test_a_large_row_group_is_streamed(tmp_path: Path, monkeypatch: pytest.Monke
         (("--world-size", "2"), ("a.parquet",), "1 input files"),
         (("--max-tokens", "-5"), ("a.parquet",), "--max-tokens -5: must be at least 0"),
         (("--shard-bytes", "0"), ("a.parquet",), "--shard-bytes 0: must be at least 1"),
+        (("--shard-bytes", str(5 << 30)), ("a.parquet",), "must be at least 1, at most 2147483648 (2 GiB)"),
         (("--workers", "-2"), ("a.parquet",), "--workers -2: must be at least 1"),
         (("--max-document-mb", "0"), ("a.parquet",), "--max-document-mb 0: must be at least 1"),
     ],
