@@ -109,6 +109,7 @@ def supported(path: Path) -> dict[str, Any] | None:
     if importlib.util.find_spec("tiktoken") is None:
         return None
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    raw["added_tokens"] = raw.get("added_tokens") or []
     model, pre = raw["model"], raw.get("pre_tokenizer") or {}
     plain_model = model.get("type") == "BPE" and not any(
         model.get(key)

@@ -3,6 +3,7 @@
 Rules that hold for all three:
 
 - Text is text: a special token's string inside a document ("<|endoftext|>") is encoded as the characters it is made of.
+  A tokenizer whose model takes the string of its end-of-text token for that token, as Unigram's do, is refused.
 - Nothing is added: no bos, no post-processor template, no truncation, no padding. The caller appends `eos_id`.
 - The end-of-text id is the tokenizer's own where it names one (sentencepiece, tiktoken); for `tokenizer.json` it is the
   first of EOS_NAMES in the vocabulary. `--eos-token` overrides it.
@@ -91,6 +92,7 @@ class HuggingFaceTokenizer:
         self.sha256 = file_sha256(path)
         self.vocab_size = max(vocab.values()) + 1
         self.eos_id = _find_eos(vocab, eos_token, str(path))
+        self._check_eos_is_no_text(path)
         self.lossless = self._tokenizer.normalizer is None and _is_byte_level(self._tokenizer.pre_tokenizer)
         self._dtype = np.dtype(token_dtype(self.vocab_size))
         self._fast = None
@@ -98,6 +100,15 @@ class HuggingFaceTokenizer:
         if raw is not None:
             self._fast = fast_bpe.FastByteLevelBpe(raw, self._tokenizer, self._dtype)
         self.encoder = "tokenizers" if self._fast is None else "tiktoken, equal to tokenizers"
+
+    def _check_eos_is_no_text(self, path: Path) -> None:
+        """`encode_special_tokens` stops the search for the string, but a model may hold it among its own pieces."""
+        eos = self._tokenizer.id_to_token(self.eos_id)
+        if self.eos_id in self._tokenizer.encode(f"a{eos}a {eos} a", add_special_tokens=False).ids:
+            raise ValueError(
+                f"tokenizer {path}: {eos!r} in a document would be its end-of-text token, and one document two. Use a "
+                "tokenizer of another kind (byte-level BPE, a sentencepiece .model), or name another --eos-token"
+            )
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         if self._fast is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -170,6 +171,30 @@ def test_special_tokens_in_text_are_text(byte_level: Path, sentencepiece: Path) 
             assert tokenizer.decode(ids.tolist()) == "a <|endoftext|> b </s> c"
 
 
+def test_an_end_of_text_that_text_can_forge_is_refused(tmp_path: Path) -> None:
+    """T5's and XLM-R's files are such: HTML's </s> would end a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "ab</s>\u2581")]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", "</s>", "<end>"])
+    path = tmp_path / "unigram.json"
+    tokenizer.save(str(path))
+    with pytest.raises(ValueError, match=r"unigram.json: '</s>' in a document would be its end-of-text token"):
+        open_tokenizer(str(path))
+    other = open_tokenizer(str(path), "<end>")
+    assert other.eos_id not in other.encode_batch(["a<end>b <end> a"])[0]
+
+
+def test_a_file_without_added_tokens_is_a_tokenizer(byte_level: Path, tmp_path: Path) -> None:
+    raw = json.loads(byte_level.read_text(encoding="utf-8"))
+    del raw["added_tokens"]  # the library does not ask for them
+    (tmp_path / "plain.json").write_text(json.dumps(raw), encoding="utf-8")
+    plain, reference = (open_tokenizer(str(tmp_path / "plain.json"), reference=chosen) for chosen in (False, True))
+    same_as_reference(plain, reference, [text for text in HARD if text])
+
+
 def test_sentencepiece_gives_every_text_back(sentencepiece: Path) -> None:
     tokenizer = open_tokenizer(str(sentencepiece))
     assert tokenizer.lossless
@@ -242,7 +267,10 @@ def test_what_is_no_tokenizer_is_refused(byte_level: Path, tmp_path: Path) -> No
         open_tokenizer(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="not in its vocabulary"):
         open_tokenizer(str(byte_level), "<nope>")
-    assert open_tokenizer(str(byte_level), "a").eos_id != open_tokenizer(str(byte_level)).eos_id
+    with pytest.raises(ValueError, match="'a' in a document would be its end-of-text token"):
+        open_tokenizer(str(byte_level), "a")
+    never_in_text = "\u00c0"  # how byte-level vocabularies write the byte C0, which UTF-8 has not
+    assert open_tokenizer(str(byte_level), never_in_text).eos_id != open_tokenizer(str(byte_level)).eos_id
 
 
 def test_the_shared_tokenizer_is_exact_on_shared_text() -> None:
