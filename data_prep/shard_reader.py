@@ -50,9 +50,20 @@ def split_index(folder: Path, split: str) -> list[dict[str, Any]]:
     path = folder / split / INDEX_NAME
     try:
         shards: list[dict[str, Any]] = json.loads(path.read_text())["shards"]
-    except (OSError, ValueError, KeyError) as error:
+        for shard in shards:
+            _check_entry(shard)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} cannot be read: {error!r}") from None
     return shards
+
+
+def _check_entry(shard: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError where the entry lacks what is read from it here: a bit of the index may be another."""
+    for info in (shard["raw_data"], shard["zip_data"] or shard["raw_data"]):
+        if missing := {"basename", "bytes", "hashes"} - set(info):
+            raise KeyError(*missing)
+    if missing := {"samples", "column_names"} - set(shard):
+        raise KeyError(*missing)
 
 
 def read_shard(folder: Path, entry: dict[str, Any], manifest: Manifest) -> Ids:

@@ -484,6 +484,19 @@ def test_verification_names_every_damage(folder: Path, tmp_path: Path, capsys: p
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("key", ["shards", "raw_data", "zip_data", "basename", "bytes", "samples"])
+def test_verification_survives_a_damaged_index(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """One bit of a key that is another leaves an index that is JSON."""
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    index = out / "train" / "index.json"
+    index.write_text(index.read_text().replace(f'"{key}"', f'"{key[:-1]}_"', 1))
+    assert verify_shards.main([str(out)]) == 1
+    assert f"PROBLEM {index} cannot be read: KeyError('{key}')" in capsys.readouterr().out
+
+
 def test_verification_reads_what_training_decompressed_too(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
