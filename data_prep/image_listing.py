@@ -17,6 +17,7 @@ from data_prep.shard_schema import SPLITS
 
 OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 SPLIT_NAMES = {"train": re.compile(r"(^|[_-])train([_.-]|$)"), "val": re.compile(r"(^|[_-])val(id|idation)?([_.-]|$)")}
+TEST_NAME = re.compile(r"(^|[_-])test([_.-]|$)")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class SourceOptions:
 def find_splits(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(sources of train, sources of val) in the folder `path`, or on the hub; no val where it has none of that name.
 
-    By name: folders train/ and val/ (or validation/), ILSVRC2012_img_train.tar, train-00000-of-00294.parquet, ...
+    By name: folders train/ and val/ (or validation/), ILSVRC2012_img_train.tar, train-00000-of-00294.parquet, ... What is
+    called test beside train is left alone.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -77,7 +79,8 @@ def find_splits(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     }
     if found["train"] and found["val"]:
         return found["train"], found["val"]
-    if found["train"] == tuple(names):
+    others = [name for name in names if name not in found["train"]]
+    if found["train"] and all(TEST_NAME.search(Path(name).name.lower()) for name in others):
         return found["train"], ()
     return (path,), ()  # a class may be called train
 

@@ -407,6 +407,24 @@ def test_archives_beside_class_folders_are_not_guessed_about(
     assert "holds archives or parquet files (old.tar) and image files (" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["folders", "parquet"])
+def test_a_test_split_beside_train_is_neither_classes_nor_images_of_train(
+    folder: Path, originals: dict[str, dict[str, bytes]], tmp_path: Path, kind: str
+) -> None:
+    """As data sets come that have no val: train/CLASS and test/CLASS, or the hub's train- and test- files."""
+    source = tmp_path / "source"
+    if kind == "parquet":
+        for path in (write_parquet(source, originals) / "data").glob("validation-*"):
+            path.rename(path.with_name(path.name.replace("validation", "test")))
+    else:
+        for split in ("train", "test"):
+            shutil.copytree(folder / split.replace("test", "val"), source / split)
+    assert prepare(tmp_path / "out", "--input", str(source), "--val-fraction", "0.25") == 0
+    manifest = read_image_manifest(tmp_path / "out")
+    assert manifest.classes == CLASSES
+    assert sum(manifest.n_images.values()) == 3 * N_TRAIN
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     images = {f"{name}/{i}.jpg": WHOLE for name in ("train", "bus") for i in range(4)}
     write_tree(tmp_path / "vehicles", images)
