@@ -79,6 +79,9 @@ def test_what_cannot_be_scored_is_refused(queries: tuple[int, int], labels: list
 def test_where_results_cannot_be_written_is_said_first(
     program: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, says in ((tmp_path / "none" / "out.json", "there is no folder"), (tmp_path, "cannot be written as a file")):
+    for path, says in (
+        (tmp_path / "none" / "out.json", "there is no folder"),
+        (tmp_path, "cannot be written as a file"),
+    ):
         assert program(["no such run", "--json", str(path)]) == 2
         assert f"error: {path}: {says}" in capsys.readouterr().err, "the run was looked for first"
