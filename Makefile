@@ -38,8 +38,21 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+TEST := $(BIN)/python -m pytest -m "not gpu and not slow"
+
+# Kernels run in an interpreter, on one core: beside them, on the other, what starts no ranks. Ranks have both for themselves.
 test: check
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+ifdef PYTEST_ARGS
+	$(TEST) $(PYTEST_ARGS)
+else
+	@log=$$(mktemp); failed=0; \
+	$(TEST) tests/parity > $$log 2>&1 & parity=$$!; \
+	$(TEST) tests/unit tests/data || failed=1; \
+	wait $$parity || failed=1; \
+	cat $$log; rm $$log; \
+	$(TEST) tests/distributed tests/slurm || failed=1; \
+	exit $$failed
+endif
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
