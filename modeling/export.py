@@ -26,7 +26,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,9 @@ from modeling.checkpoint_reader import WEIGHTS, WEIGHTS_HELP, CheckpointError, R
 from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
 from modeling.convert import StateDict, cut, cut_mix, to_hf, to_mamba_ssm
 from modeling.export_vision import classes_of, write_matmamba_vision, write_timm
-from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model
+from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model, written_whole
 from modeling.search import read_widths
-from modeling.text import open_text
+from modeling.text import TIKTOKEN, open_text
 
 FORMATS = {
     LanguageConfig: ("hf", "mamba_ssm", "matmamba", "remote_code"),
@@ -113,10 +112,7 @@ def export(
         raise ValueError(f"format {target!r}: {kind}'s must be one of {', '.join(FORMATS[type(cfg)])}")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-        work = Path(aside) / "model"
-        work.mkdir()
+    with written_whole(folder) as work:
         whole = widths == nesting.uniform(cfg.n_heads, cfg.n_layers)
         if target in ("matmamba", "remote_code", "timm"):
             part = _cast(state if whole else cut_mix(state, cfg, widths), dtype)
@@ -145,9 +141,6 @@ def export(
         if tokenizer is not None:
             assert isinstance(cfg, LanguageConfig)
             _add_tokenizer(work, tokenizer, cfg, target)
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
 
 
 def _cast(state: StateDict, dtype: torch.dtype) -> StateDict:
@@ -295,16 +288,13 @@ def main(argv: list[str] | None = None) -> int:
                 "classes": classes_of(data.get("path", "")),
             }
         else:
-            about = {"tokenizer": args.tokenizer}
             named = str(data.get("tokenizer", ""))
-            if str(args.tokenizer).startswith("tiktoken:"):
-                raise ValueError(
-                    f"--tokenizer {args.tokenizer}: an encoding is no file: name a tokenizer.json of its ids"
-                )
-            if args.tokenizer is None and Path(named).is_file():
-                about["tokenizer"] = Path(named)
-            elif args.tokenizer is None:
+            tokenizer = args.tokenizer or (Path(named) if Path(named).is_file() else None)
+            if str(tokenizer).startswith(TIKTOKEN):
+                raise ValueError(f"--tokenizer {tokenizer}: an encoding is no file: name a tokenizer.json of its ids")
+            if tokenizer is None:
                 lacks_tokenizer = f"{named} of the run is no file here" if named else f"{args.checkpoint} names none"
+            about = {"tokenizer": tokenizer}
         export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], **about)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

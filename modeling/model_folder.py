@@ -6,7 +6,9 @@ It holds the whole nested model, a width, or a mix of widths per layer; a cut mo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -33,6 +35,22 @@ WEIGHTS_NAME = "model.safetensors"
 
 class ModelFolderError(ValueError):
     """A folder that is no model of ours, or a damaged one; the message says which file and what is wrong."""
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` (new or empty) at the end; where something is raised nothing of it stays.
+
+    Raises OSError where nothing can be made there, before anything is written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        work = Path(aside) / "model"
+        work.mkdir()
+        yield work
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
 
 
 def write_config(folder: Path, cfg: BackboneConfig, held: nesting.LayerWidths) -> None:

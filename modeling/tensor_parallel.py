@@ -340,6 +340,12 @@ def tokens_each(x: Tensor, tp: int) -> int:
     return x.shape[0] // tp
 
 
+def filled_up(x: Tensor, multiple: int) -> Tensor:
+    """`x` with its first row again and again at the end, up to a multiple of rows (dim 0)."""
+    missing = -x.shape[0] % multiple
+    return torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
+
+
 def halves(n_tokens: int) -> list[slice]:
     """Rows of the two halves that are sent apart; all in one where a half would not be worth a message of its own."""
     if n_tokens < LEAST_SPLIT:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+TIKTOKEN = "tiktoken:"
+"""What the name of an encoding begins with, where other tokenizers are files."""
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
 IDS_BEFORE = 8
 """Ids of a prompt that the text after it is decoded with."""
@@ -70,7 +72,7 @@ def open_text(spec: str, vocab_size: int) -> Text:
     """
     if not spec:
         raise ValueError("the model names no tokenizer: pass --tokenizer FILE or tiktoken:NAME")
-    if spec.startswith("tiktoken:"):
+    if spec.startswith(TIKTOKEN):
         text = _tiktoken(spec)
     elif not Path(spec).is_file():
         raise FileNotFoundError(f"tokenizer {spec}: no such file")
@@ -130,7 +132,7 @@ def _tiktoken(spec: str) -> Text:
     except ImportError:
         raise ValueError(f"tokenizer {spec}: install tiktoken (pip install 'matmamba-pretrain[data]')") from None
     try:
-        encoding = tiktoken.get_encoding(spec.removeprefix("tiktoken:"))
+        encoding = tiktoken.get_encoding(spec.removeprefix(TIKTOKEN))
     except OSError as error:
         raise ValueError(
             f"tokenizer {spec}: tiktoken could not fetch it ({error}). Without a network, point TIKTOKEN_CACHE_DIR at a "

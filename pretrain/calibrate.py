@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.convert import cut_mix
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
-from modeling.model_folder import save_model
+from modeling.model_folder import save_model, written_whole
 from modeling.nesting import LayerWidths
 from modeling.search import read_widths
 from pretrain.checkpoint_model import find_checkpoint, load_language_model
@@ -152,9 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         state = {name: p.detach().cpu() for name, p in model.named_parameters()}
         # Whole or not at all: what is left of a kill would be refused by the next try.
-        with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}-") as aside:
-            save_model(Path(aside) / "model", state, cfg.model, widths)
-            (Path(aside) / "model").rename(args.output)
+        with written_whole(args.output) as work:
+            save_model(work, state, cfg.model, widths)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

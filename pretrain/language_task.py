@@ -13,6 +13,7 @@ from torch import Tensor
 from modeling.language import LanguageModel
 from modeling.loss import Loss, next_token_loss
 from modeling.nesting import LayerWidths
+from modeling.tensor_parallel import filled_up
 from pretrain.config import LanguageRunConfig
 from pretrain.data import Batch, TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
@@ -113,8 +114,7 @@ def hidden_states(
     """
     b, t = tokens_bt.shape
     # Up to the next number of sequences whose tokens divide; a sequence does not see the others.
-    missing = -b % (model.tp.size // math.gcd(model.tp.size, t)) if model.tp.sequence else 0
-    if missing:
-        tokens_bt = torch.cat([tokens_bt, tokens_bt[:1].expand(missing, -1)])
-        seq_idx_bt = None if seq_idx_bt is None else torch.cat([seq_idx_bt, seq_idx_bt[:1].expand(missing, -1)])
-    return model(tokens_bt, widths, seq_idx_bt=seq_idx_bt)[:b]
+    multiple = model.tp.size // math.gcd(model.tp.size, t) if model.tp.sequence else 1
+    if seq_idx_bt is not None:
+        seq_idx_bt = filled_up(seq_idx_bt, multiple)
+    return model(filled_up(tokens_bt, multiple), widths, seq_idx_bt=seq_idx_bt)[:b]

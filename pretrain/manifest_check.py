@@ -8,14 +8,12 @@ from pathlib import Path
 
 from data_prep.image_schema import ImageManifest, read_image_manifest
 from data_prep.shard_schema import MANIFEST_NAME, KindError, Manifest, file_sha256, read_manifest
+from modeling.text import TIKTOKEN
 from pretrain.config import LanguageRunConfig, RunConfig
 from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.image_config import ImageDataConfig
 from pretrain.retention import CHECKPOINTS
 from pretrain.vision_config import VisionRunConfig
-
-TIKTOKEN = "tiktoken:"
-"""What the name of an encoding begins with, where others are files."""
 
 
 def check_paths(cfg: RunConfig) -> None:

@@ -17,6 +17,7 @@ from modeling.classification import classification_loss
 from modeling.loss import Loss
 from modeling.nesting import LayerWidths
 from modeling.noise import Noise
+from modeling.tensor_parallel import filled_up
 from modeling.vision import VisionModel
 from pretrain.augment import normalised, training_inputs
 from pretrain.distributed import Ranks
@@ -135,8 +136,5 @@ def _sums(features_bd: Tensor, model: VisionModel, label_b: Tensor) -> Tensor:
 
 def features(model: VisionModel, images_bchw: Tensor, widths: LayerWidths) -> Tensor:
     """The pooled embeddings of any number of images, also where sequence parallelism wants whole shares of tokens."""
-    missing = -len(images_bchw) % model.tp.size if model.tp.sequence else 0
-    if missing:
-        images_bchw = torch.cat([images_bchw, images_bchw[:1].expand(missing, -1, -1, -1)])
-    features_bd = model(images_bchw, widths)
-    return features_bd[: len(features_bd) - missing]
+    multiple = model.tp.size if model.tp.sequence else 1
+    return model(filled_up(images_bchw, multiple), widths)[: len(images_bchw)]

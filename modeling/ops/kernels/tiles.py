@@ -58,7 +58,7 @@ PROGRAMS_WANTED = MULTIPROCESSORS * 16
 
 WALKS_WANTED = MULTIPROCESSORS * 3
 """Programs that walk sequences and run at once."""
-WALKS_AT_ONCE = {32: MULTIPROCESSORS * 3, 64: MULTIPROCESSORS * 2}
+WALKS_AT_ONCE = {32: WALKS_WANTED, 64: MULTIPROCESSORS * 2}
 """Walks of one head that the GPU has room for at once, by the width of the tile."""
 LEAST_SEGMENT = 8
 """Chunks that a segment of a walk should have: starting one and taking over what others left take as long as a few."""
