@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from modeling.ops.additions import add_all
-from modeling.ops.products import add_product
+from modeling.ops.products import add_product, times
 from modeling.tensor_parallel import halves, tokens_each
 
 GATHERED, SUMMED, SUMMED_LATER = range(3)
@@ -79,11 +78,11 @@ class PeerExchange:
         whole = x_nd.new_empty(mail.size, *x_nd.shape)
         product = x_nd.new_empty(mail.size, x_nd.shape[0], weight_ed.shape[0])
         mail.aside(partial(whole[mail.rank].copy_, x_nd))
-        torch.mm(x_nd, weight_ed.T, out=product[mail.rank])
+        times(x_nd, weight_ed, product[mail.rank])
         for sender in reversed(self._others):  # who sent to this rank first
             arrived = mail.receive(GATHERED, sender, x_nd)
             mail.aside(partial(whole[sender].copy_, arrived))
-            torch.mm(arrived, weight_ed.T, out=product[sender])
+            times(arrived, weight_ed, product[sender])
         mail.finish()
         return whole.flatten(0, 1), product.flatten(0, 1)
 
@@ -95,7 +94,7 @@ class PeerExchange:
         product = grad_nd.new_empty(mail.size, grad_nd.shape[0], weight_ed.shape[0])
 
         def multiply(grad_nd: Tensor, rank: int) -> None:
-            torch.mm(grad_nd, weight_ed.T, out=product[rank])
+            times(grad_nd, weight_ed, product[rank])
             add_product(total_dk, grad_nd.T, x_rnk[rank])
 
         multiply(grad_nd, mail.rank)
@@ -106,24 +105,26 @@ class PeerExchange:
 
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
         """This rank's tokens of the ranks' sum of x times `weight_di` transposed (n d). Outside autograd."""
-        return self._sum_products(x_mi, weight_di.T, halves(tokens_each(x_mi, self._mail.size))).wait()
+        return self._sum_products(x_mi, weight_di, halves(tokens_each(x_mi, self._mail.size))).wait()
 
-    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Arriving:
-        """Start to sum the gradient by `gather_times`' tokens, `grad_me` times `weight_ed`; ends with this rank's (n d).
+    def start_times_sum(self, grad_me: Tensor, weight_de: Tensor) -> Arriving:
+        """Start to sum the gradient by `gather_times`' tokens, `grad_me` times `weight_de` transposed; ends with this rank's
+        (n d).
 
         Nothing else may be exchanged before it is waited for.
         """
-        return self._sum_products(grad_me, weight_ed, [slice(0, tokens_each(grad_me, self._mail.size))])
+        return self._sum_products(grad_me, weight_de, [slice(0, tokens_each(grad_me, self._mail.size))])
 
-    def _sum_products(self, x_mk: Tensor, weight_kd: Tensor, parts: Sequence[slice]) -> Arriving:
-        """Send x @ weight of the other ranks' tokens, and multiply this rank's own; what is returned adds up what arrives."""
+    def _sum_products(self, x_mk: Tensor, weight_dk: Tensor, parts: Sequence[slice]) -> Arriving:
+        """Send the other ranks' tokens times weight transposed, and multiply this rank's own; what is returned adds up what
+        arrives."""
         mail, x_rnk = self._mail, x_mk.unflatten(0, (self._mail.size, -1))
         sent = []
         for tray, rows in zip((SUMMED, SUMMED_LATER), parts, strict=False):
             for other in self._others:
-                sent.append(x_rnk[other][rows] @ weight_kd)
+                sent.append(times(x_rnk[other][rows], weight_dk))
                 mail.send(tray, other, sent[-1])
-        total_nd = x_rnk[mail.rank] @ weight_kd
+        total_nd = times(x_rnk[mail.rank], weight_dk)
 
         def add_others() -> Tensor:
             for tray, rows in zip((SUMMED, SUMMED_LATER), parts, strict=False):

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling import nesting
-from modeling.ops.products import add_product
+from modeling.ops.products import add_product, times
 
 with warnings.catch_warnings():
     # On import megatron-core warns, four times, of optional libraries that nothing here uses.
@@ -171,16 +171,16 @@ class TensorParallel:
         This rank's own tokens are multiplied while the others' are on their way.
         """
         if self.size == 1 or not self.sequence:
-            return x_md, x_md @ weight_ed.T
+            return x_md, times(x_md, weight_ed)
         n = x_md.shape[0]
         product_me = x_md.new_empty(n * self.size, weight_ed.shape[0])
         arriving = _gather(x_md, self, beside=True)
         before, after = n * self.rank, n * (self.rank + 1)
-        torch.mm(x_md, weight_ed.T, out=product_me[before:after])
+        times(x_md, weight_ed, product_me[before:after])
         whole_md = arriving.wait()
         for rows in (slice(0, before), slice(after, n * self.size)):
             if rows.stop > rows.start:
-                torch.mm(whole_md[rows], weight_ed.T, out=product_me[rows])
+                times(whole_md[rows], weight_ed, product_me[rows])
         return whole_md, product_me
 
     def gather_times_adding(self, grad_md: Tensor, weight_ed: Tensor, total_dk: Tensor, x_mk: Tensor) -> Tensor:
@@ -195,26 +195,26 @@ class TensorParallel:
         The first half of the tokens is sent while the second is multiplied.
         """
         if self.size == 1:
-            return x_mi @ weight_di.T
+            return times(x_mi, weight_di)
         n, d = tokens_each(x_mi, self.size) if self.sequence else x_mi.shape[0], weight_di.shape[0]
         total_md, sent = x_mi.new_empty(n, d), []
         for rows in halves(n):
             if self.sequence:
                 part = x_mi.new_empty(self.size, rows.stop - rows.start, d)
                 for rank in range(self.size):
-                    torch.mm(x_mi[rank * n : (rank + 1) * n][rows], weight_di.T, out=part[rank])
+                    times(x_mi[rank * n : (rank + 1) * n][rows], weight_di, part[rank])
                 work = dist.reduce_scatter_tensor(total_md[rows], part.flatten(0, 1), group=self.group, async_op=True)
             else:
-                part = torch.mm(x_mi[rows], weight_di.T, out=total_md[rows])
+                part = times(x_mi[rows], weight_di, total_md[rows])
                 work = dist.all_reduce(part, group=self.group, async_op=True)
             sent.append(Pending(total_md, work, part))
         for half in sent:
             half.wait()
         return total_md
 
-    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Pending:
-        """Start what `enter` does to its result's gradient, which is `grad_me` times `weight_ed`. Outside autograd."""
-        grad_md = grad_me @ weight_ed
+    def start_times_sum(self, grad_me: Tensor, weight_de: Tensor) -> Pending:
+        """Start what `enter` does to its result's gradient: `grad_me` times `weight_de` transposed. Outside autograd."""
+        grad_md = times(grad_me, weight_de)
         if self.size == 1:
             return Pending(grad_md, None)
         if self.sequence:

@@ -88,7 +88,7 @@ class Exchange(Protocol):
 
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor: ...
 
-    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Sent: ...
+    def start_times_sum(self, grad_me: Tensor, weight_de: Tensor) -> Sent: ...
 
 
 def fused_mixer(
@@ -200,7 +200,7 @@ class _FusedMixer(torch.autograd.Function):
         grad_given, _ = _as_given(grad_xbc, ctx.batch, None)
         tap_parts = conv_backward(grad_mixed, given, _taps(weights), conv_seq_idx, grad_given, drop_xbc)
         grad_projected_me = grad_projected.flatten(0, 1)
-        grad_x = ctx.exchange.start_times_sum(grad_projected_me, projection)
+        grad_x = ctx.exchange.start_times_sum(grad_projected_me, projection.T)
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
         add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
         add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)

@@ -1,9 +1,14 @@
-"""Matrix products that add into a float32 sum: what gradients of weights are made of."""
+"""Matrix products: those with a weight, and those that add into a float32 sum, which gradients of weights are made of."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def times(x_mk: Tensor, weight_nk: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ weight transposed (m n), written to `out` where it is given."""
+    return torch.mm(x_mk, weight_nk.T, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -47,7 +47,7 @@ def beside_products(tp: TensorParallel, x: Tensor, into: Tensor, out: Tensor, gr
     left = beside.times_leave(between, out)
     grad_out = torch.zeros_like(out)
     grad_between = beside.gather_times_adding(grad, out.T, grad_out, between)
-    return [entered, between, left, beside.start_times_sum(grad_between, into).wait(), grad_out]
+    return [entered, between, left, beside.start_times_sum(grad_between, into.T).wait(), grad_out]
 
 
 class FileMail:

@@ -22,6 +22,7 @@ from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.gated_norm import gated_norm_backward, gated_norm_forward, row_dots, square_sums
 from modeling.ops.kernels.scan_common import time_steps
+from modeling.ops.products import times
 from modeling.tensor_parallel import Pending, TensorParallel
 from tests.parity.kernel_checks import DEVICE, GPU, LOW, assert_close, poison, some_drop
 
@@ -91,10 +92,10 @@ class TwinRank(TensorParallel):
         return weight
 
     def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
-        return x_mi @ weight_di.T
+        return times(x_mi, weight_di)
 
-    def start_times_sum(self, grad_me: Tensor, weight_ed: Tensor) -> Pending:
-        return Pending(grad_me @ weight_ed, None)
+    def start_times_sum(self, grad_me: Tensor, weight_de: Tensor) -> Pending:
+        return Pending(times(grad_me, weight_de), None)
 
 
 def fused(mixer: Mixer, x_btd: Tensor, n_heads: int, seq_idx_bt: Tensor | None, drop: Drop | None = None) -> Tensor:
