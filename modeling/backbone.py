@@ -49,13 +49,20 @@ class Block(nn.Module):
         recompute: MixerRecompute = "none",
         in_place_gradients: bool = False,
         sends_apart: bool = False,
+        float8: bool = False,
     ) -> None:
         super().__init__()
         self.eps, self.dtype, self.tp = cfg.norm_eps, dtype, tp
         self.norm = nn.Parameter(torch.empty(cfg.d_model, dtype=torch.float32))
         self.norm_bias = _bias(cfg)
         self.mixer = Mixer(
-            cfg, tp, dtype, recompute=recompute, in_place_gradients=in_place_gradients, sends_apart=sends_apart
+            cfg,
+            tp,
+            dtype,
+            recompute=recompute,
+            in_place_gradients=in_place_gradients,
+            sends_apart=sends_apart,
+            float8=float8,
         )
         self.gathered: Gathered | None = None
         """What trains instead of `mixer` at the widths that it has, on this rank's own sequences."""
@@ -106,6 +113,7 @@ class Backbone(nn.Module):
         recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
         in_place_gradients: bool = False,
+        float8: bool = False,
     ) -> None:
         """`recompute` trades memory of training for time. Backward does again, with "states", the scan's states, which the
         fused path alone keeps; with "selective" what lies between the mixers' projections; with "block" the whole block,
@@ -117,13 +125,16 @@ class Backbone(nn.Module):
         forward, at the rows that the width uses, within the matrix product: nothing is filled with zeros, rounded or added
         a second time. For `backward()` alone: torch.autograd.grad would find no gradient there. Gradients of weights that
         tensor-parallel ranks share stay partial (`tensor_parallel.is_partial`), to be summed once for all passes of a step.
+
+        `float8`: where gradients are on, the fused path multiplies the mixers' projections in float8, forward and in the
+        gradients of their inputs (modeling.ops.float8). Without gradients, as in validation, all is computed in `dtype`.
         """
         super().__init__()
         self.held = held or nesting.uniform(cfg.n_heads, cfg.n_layers)
         nesting.check_layer_widths(self.held, cfg.n_heads, cfg.n_layers, 1 if tp is None else tp.size)
         self.cfg, self.dtype, self.recompute = cfg, dtype, recompute
         self.tp = replace(tp or TensorParallel(), sums_later=in_place_gradients)
-        self.in_place_gradients = in_place_gradients
+        self.in_place_gradients, self.float8 = in_place_gradients, float8
 
     def make_stack(self) -> None:
         """Make the blocks and the final norm."""
@@ -136,6 +147,7 @@ class Backbone(nn.Module):
                 recompute=inside.get(self.recompute, "none"),
                 in_place_gradients=self.in_place_gradients,
                 sends_apart=self.recompute == "block",
+                float8=self.float8,
             )
             for n in self.held
         ]

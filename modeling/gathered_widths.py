@@ -157,6 +157,7 @@ def _empty_copy(mixer: Mixer) -> Mixer:
             mixer.dtype,
             recompute=mixer.recompute,
             in_place_gradients=mixer.in_place_gradients,
+            float8=mixer.float8,
         )
 
 

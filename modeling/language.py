@@ -32,9 +32,18 @@ class LanguageModel(Backbone):
         recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
         in_place_gradients: bool = False,
+        float8: bool = False,
     ) -> None:
         """See Backbone."""
-        super().__init__(cfg, tp=tp, dtype=dtype, recompute=recompute, held=held, in_place_gradients=in_place_gradients)
+        super().__init__(
+            cfg,
+            tp=tp,
+            dtype=dtype,
+            recompute=recompute,
+            held=held,
+            in_place_gradients=in_place_gradients,
+            float8=float8,
+        )
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
         self.make_stack()

@@ -55,6 +55,7 @@ class Mixer(nn.Module):
         recompute: Recompute = "none",
         in_place_gradients: bool = False,
         sends_apart: bool = False,
+        float8: bool = False,
     ) -> None:
         """What training computes again in backward: with `recompute` "inside" all that lies between the projections, with
         "states" the scan's states, which the fused path alone keeps.
@@ -62,12 +63,13 @@ class Mixer(nn.Module):
         With `sends_apart` the fused path sends before and after itself instead of beside its products: torch then stops doing
         a block again before its output is sent a second time.
 
-        With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself; see Backbone.
+        With `in_place_gradients` the fused path adds weights' gradients to their `.grad` itself, and with `float8` it multiplies
+        its projections in float8 in training; see Backbone.
         """
         super().__init__()
         self.cfg, self.tp, self.dtype, self.recompute = cfg, tp, dtype, recompute
         self._channels_of: dict[tuple[int, torch.device], Tensor] = {}
-        self.in_place_gradients, self.sends_apart = in_place_gradients, sends_apart
+        self.in_place_gradients, self.sends_apart, self.float8 = in_place_gradients, sends_apart, float8
         heads = nesting.local_heads(cfg.n_heads, tp.size)
         inner, bc = heads * cfg.headdim, 2 * cfg.d_state
 
@@ -122,7 +124,14 @@ class Mixer(nn.Module):
             # What tensor parallelism has yet to sum over ranks goes the way of autograd.
             sums = tuple(p.grad if w is p else None for w, p in zip(weights, parameters, strict=True))
         heads = nesting.local_heads(n_heads, tp.size)
-        shape = Shape(heads, cfg.headdim, n_channels=n_heads * cfg.headdim, eps=cfg.norm_eps, recompute=self.recompute)
+        shape = Shape(
+            heads,
+            cfg.headdim,
+            n_channels=n_heads * cfg.headdim,
+            eps=cfg.norm_eps,
+            recompute=self.recompute,
+            float8=self.float8 and torch.is_grad_enabled(),
+        )
         total = tp.total if tp.size > 1 else None
         dropping = None if drop is None else (drop, self._channels(n_heads, x_md.device))
         out_md = fused_mixer(

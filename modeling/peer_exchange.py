@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from modeling.ops.additions import add_all
-from modeling.ops.products import add_product, times
+from modeling.ops.products import Weight, add_product, times
 from modeling.tensor_parallel import halves, tokens_each
 
 GATHERED, SUMMED, SUMMED_LATER = range(3)
@@ -70,7 +70,7 @@ class PeerExchange:
         self._mail = mail
         self._others = [(mail.rank + step) % mail.size for step in range(1, mail.size)]
 
-    def gather_times(self, x_nd: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]:
+    def gather_times(self, x_nd: Tensor, weight_ed: Weight) -> tuple[Tensor, Tensor]:
         """All ranks' tokens (m d), and their product with `weight_ed` transposed (m e). Outside autograd."""
         mail, x_nd = self._mail, x_nd.contiguous()
         for other in self._others:
@@ -86,7 +86,7 @@ class PeerExchange:
         mail.finish()
         return whole.flatten(0, 1), product.flatten(0, 1)
 
-    def gather_times_adding(self, grad_nd: Tensor, weight_ed: Tensor, total_dk: Tensor, x_mk: Tensor) -> Tensor:
+    def gather_times_adding(self, grad_nd: Tensor, weight_ed: Weight, total_dk: Tensor, x_mk: Tensor) -> Tensor:
         """All ranks' `grad_nd` times `weight_ed` transposed (m e); adds its transposed times `x_mk` to `total_dk` (float32)."""
         mail, grad_nd, x_rnk = self._mail, grad_nd.contiguous(), x_mk.unflatten(0, (self._mail.size, -1))
         for other in self._others:
@@ -103,11 +103,11 @@ class PeerExchange:
         mail.finish()
         return product.flatten(0, 1)
 
-    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
+    def times_leave(self, x_mi: Tensor, weight_di: Weight) -> Tensor:
         """This rank's tokens of the ranks' sum of x times `weight_di` transposed (n d). Outside autograd."""
         return self._sum_products(x_mi, weight_di, halves(tokens_each(x_mi, self._mail.size))).wait()
 
-    def start_times_sum(self, grad_me: Tensor, weight_de: Tensor) -> Arriving:
+    def start_times_sum(self, grad_me: Tensor, weight_de: Weight) -> Arriving:
         """Start to sum the gradient by `gather_times`' tokens, `grad_me` times `weight_de` transposed; ends with this rank's
         (n d).
 
@@ -115,7 +115,7 @@ class PeerExchange:
         """
         return self._sum_products(grad_me, weight_de, [slice(0, tokens_each(grad_me, self._mail.size))])
 
-    def _sum_products(self, x_mk: Tensor, weight_dk: Tensor, parts: Sequence[slice]) -> Arriving:
+    def _sum_products(self, x_mk: Tensor, weight_dk: Weight, parts: Sequence[slice]) -> Arriving:
         """Send the other ranks' tokens times weight transposed, and multiply this rank's own; what is returned adds up what
         arrives."""
         mail, x_rnk = self._mail, x_mk.unflatten(0, (self._mail.size, -1))

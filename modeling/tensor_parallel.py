@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling import nesting
-from modeling.ops.products import add_product, times
+from modeling.ops.products import Weight, add_product, times
 
 with warnings.catch_warnings():
     # On import megatron-core warns, four times, of optional libraries that nothing here uses.
@@ -165,7 +165,7 @@ class TensorParallel:
             return x
         return _Scatter.apply(x, self) if self.sequence else self.sum(x)
 
-    def gather_times(self, x_md: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]:
+    def gather_times(self, x_md: Tensor, weight_ed: Weight) -> tuple[Tensor, Tensor]:
         """All tokens of `enter`'s result, and its product with `weight_ed` transposed (m e). Outside autograd.
 
         This rank's own tokens are multiplied while the others' are on their way.
@@ -183,13 +183,13 @@ class TensorParallel:
                 times(whole_md[rows], weight_ed, product_me[rows])
         return whole_md, product_me
 
-    def gather_times_adding(self, grad_md: Tensor, weight_ed: Tensor, total_dk: Tensor, x_mk: Tensor) -> Tensor:
+    def gather_times_adding(self, grad_md: Tensor, weight_ed: Weight, total_dk: Tensor, x_mk: Tensor) -> Tensor:
         """`gather_times`' product alone (m e); adds the gathered tokens transposed times `x_mk` to `total_dk` (float32)."""
         grad_md, product_me = self.gather_times(grad_md, weight_ed)
         add_product(total_dk, grad_md.T, x_mk)
         return product_me
 
-    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor:
+    def times_leave(self, x_mi: Tensor, weight_di: Weight) -> Tensor:
         """`leave` of the product of `x_mi` with `weight_di` transposed. Outside autograd.
 
         The first half of the tokens is sent while the second is multiplied.
@@ -212,7 +212,7 @@ class TensorParallel:
             half.wait()
         return total_md
 
-    def start_times_sum(self, grad_me: Tensor, weight_de: Tensor) -> Pending:
+    def start_times_sum(self, grad_me: Tensor, weight_de: Weight) -> Pending:
         """Start what `enter` does to its result's gradient: `grad_me` times `weight_de` transposed. Outside autograd."""
         grad_md = times(grad_me, weight_de)
         if self.size == 1:

@@ -41,9 +41,18 @@ class VisionModel(Backbone):
         recompute: Recompute = "none",
         held: nesting.LayerWidths | None = None,
         in_place_gradients: bool = False,
+        float8: bool = False,
     ) -> None:
         """See Backbone."""
-        super().__init__(cfg, tp=tp, dtype=dtype, recompute=recompute, held=held, in_place_gradients=in_place_gradients)
+        super().__init__(
+            cfg,
+            tp=tp,
+            dtype=dtype,
+            recompute=recompute,
+            held=held,
+            in_place_gradients=in_place_gradients,
+            float8=float8,
+        )
         d, pixels = cfg.d_model, COLOURS * cfg.patch_size**2
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -24,6 +24,9 @@ from pretrain.config_sections import (
     require,
 )
 
+FLOAT8_STEP = 16
+"""Sizes of a float8 product are multiples of this many numbers (modeling.ops.float8, which loads torch)."""
+
 
 class SampleData(Protocol):
     """What the trainer asks of any data section."""
@@ -61,8 +64,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32."""
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
+    """Compute dtype; parameters, gradients and moments are float32 in any case. auto: bf16 on a GPU, else fp32. fp8: bf16, but
+    training multiplies the mixers' projections in float8, each row scaled, but for the gradients of weights; validation is
+    bf16's. For Hopper GPUs and later."""
     cuda_graphs: Literal["auto", "never"] = "auto"
     """auto: replay each width's forward and backward as a CUDA graph where that can be (pretrain.passes says why not).
     never: launch every kernel. (Not `off`: YAML reads that as false.)"""
@@ -97,6 +102,22 @@ class RunConfig:
             f"parallel.sequence: parallel.tensor={self.parallel.tensor} does not divide the {self.tokens_per_pass} tokens of "
             "a micro-batch: choose another data.micro_batch",
         )
+        if self.precision == "fp8":
+            self._check_float8()
+
+    def _check_float8(self) -> None:
+        model, tp = self.model, self.parallel.tensor
+        require(
+            model.d_model % FLOAT8_STEP == 0,
+            f"precision=fp8: model.d_model={model.d_model} is not a multiple of {FLOAT8_STEP}: use precision=bf16",
+        )
+        for width in model.widths:
+            channels = width // tp * model.headdim
+            require(
+                channels % FLOAT8_STEP == 0,
+                f"precision=fp8: {width} heads of {model.headdim} are {channels} channels on each of parallel.tensor={tp} ranks, "
+                f"which is not a multiple of {FLOAT8_STEP}: use precision=bf16, a smaller parallel.tensor, or other widths",
+            )
 
     @property
     def allowed_tensor(self) -> list[int]:

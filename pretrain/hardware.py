@@ -58,4 +58,4 @@ def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
     """The dtype of activations and of the weights' working copies."""
     if cfg.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    return torch.float32 if cfg.precision == "fp32" else torch.bfloat16

@@ -20,7 +20,7 @@ from modeling.ops.upstream import chunk_scan
 from pretrain import resume, retention
 from pretrain.checkpoint import checkpoint_dir, remove_interrupted, set_aside, step_name
 from pretrain.config import RunConfig
-from pretrain.config_sections import ConfigError
+from pretrain.config_sections import ConfigError, require
 from pretrain.dataset_check import dataset_sha256
 from pretrain.distributed import RankError, Ranks, close_ranks, init_ranks, is_broken_link
 from pretrain.engine import Engine
@@ -301,6 +301,7 @@ def main(cfg: RunConfig) -> int:
             dtype=dtype,
             recompute=cfg.parallel.activation_checkpointing,
             in_place_gradients=cfg.parallel.keeps_gradients,
+            float8=cfg.precision == "fp8",
         )
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
@@ -362,7 +363,11 @@ def main(cfg: RunConfig) -> int:
 def _mixer_path(cfg: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
     why = why_not(device, dtype, cfg.model.headdim, cfg.model.d_state, cfg.model.d_conv)
     if why is None:
-        return f"mixer: fused Triton kernels, {launches.origin()}"
+        projections = ", projections in float8" if cfg.precision == "fp8" else ""
+        return f"mixer: fused Triton kernels, {launches.origin()}{projections}"
+    require(
+        cfg.precision != "fp8", f"precision=fp8 needs the fused kernels, and they do not run here ({why}): use bf16"
+    )
     scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"
     return f"mixer: {scan} ({why})"
 

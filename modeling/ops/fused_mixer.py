@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from modeling.ops import float8
 from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
 from modeling.ops.kernels.dropout import ChannelDrop
@@ -25,8 +26,8 @@ from modeling.ops.kernels.scan_backward import scan_backward
 from modeling.ops.kernels.scan_common import TimeSteps, time_steps
 from modeling.ops.kernels.scan_forward import scan_outputs
 from modeling.ops.kernels.scan_walks import scan_states
-from modeling.ops.kernels.weights import gather_projection
-from modeling.ops.products import add_product, product
+from modeling.ops.kernels.weights import ROW_STEP, gather_projection
+from modeling.ops.products import Weight, add_product, product
 
 
 class MixerWeights(NamedTuple):
@@ -63,6 +64,8 @@ class Shape(NamedTuple):
     """What backward computes again instead of keeping it. states: the scan's states, an eighth of what a mixer keeps and a
     fiftieth of its time. inside: all that follows the projection, up to the output projection; no matrix product but the
     scan's is done twice, and the step needs less than half the memory."""
+    float8: bool = False
+    """Multiply the projections in float8 (modeling.ops.float8)."""
 
 
 Total = Callable[[Tensor], Tensor]
@@ -82,13 +85,13 @@ class Exchange(Protocol):
     """What is sent between the ranks that share the heads, beside which product: modeling.tensor_parallel.TensorParallel, or
     modeling.peer_exchange.PeerExchange."""
 
-    def gather_times(self, x_md: Tensor, weight_ed: Tensor) -> tuple[Tensor, Tensor]: ...
+    def gather_times(self, x_md: Tensor, weight_ed: Weight) -> tuple[Tensor, Tensor]: ...
 
-    def gather_times_adding(self, grad_md: Tensor, weight_ed: Tensor, total_dk: Tensor, x_mk: Tensor) -> Tensor: ...
+    def gather_times_adding(self, grad_md: Tensor, weight_ed: Weight, total_dk: Tensor, x_mk: Tensor) -> Tensor: ...
 
-    def times_leave(self, x_mi: Tensor, weight_di: Tensor) -> Tensor: ...
+    def times_leave(self, x_mi: Tensor, weight_di: Weight) -> Tensor: ...
 
-    def start_times_sum(self, grad_me: Tensor, weight_de: Tensor) -> Sent: ...
+    def start_times_sum(self, grad_me: Tensor, weight_de: Weight) -> Sent: ...
 
 
 def fused_mixer(
@@ -119,14 +122,16 @@ class _FusedMixer(torch.autograd.Function):
         weights, (shape, exchange, batch, seq_idx, total, sums, dropping) = MixerWeights(*args[:13]), args[13:]
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
-        projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x_md.dtype)
-        x_md, projected_me = exchange.gather_times(x_md, projection)
+        row_step = float8.STEP if shape.float8 else ROW_STEP
+        projection = gather_projection(*weights[:4], heads=heads, headdim=headdim, dtype=x_md.dtype, row_step=row_step)
+        into, back_from = _both_ways(projection, shape)
+        x_md, projected_me = exchange.gather_times(x_md, into)
         if seq_idx is None:
             n_sequences, seq_idx = _joined(batch, len(projected_me) // batch, heads, x_md.device)
         else:
             n_sequences = batch
         projected = projected_me.unflatten(0, (n_sequences, -1))
-        parts = [inner, inner + bc, heads, _filling(projection, inner, bc, heads)]
+        parts = [inner, inner + bc, heads, _filling(projected, inner, bc, heads)]
         z, xbc, dt, _ = projected.split(parts, dim=-1)
         # Dropped by each kernel that reads them, and in backward by each that writes their gradients.
         drop_z, drop_xbc, drop_dt = _drops_of(dropping, parts)
@@ -136,10 +141,18 @@ class _FusedMixer(torch.autograd.Function):
         normed, squares = gated_norm_forward(
             y, z, weights.gated_norm, squares, n_channels=shape.n_channels, eps=shape.eps, drop=drop_z
         )
-        out_weight = weights.out[:, :inner].to(x_md.dtype)
+        out_weight, back_into = _both_ways(weights.out[:, :inner].to(x_md.dtype), shape)
         kept = {"none": (mixed, y, normed, states), "states": (mixed, y, normed, None), "inside": (None,) * 4}
         ctx.save_for_backward(
-            x_md, *weights, projection, projected, *steps, squares, out_weight, seq_idx, *kept[shape.recompute]
+            x_md,
+            *weights,
+            *_tensors(back_from),
+            *_tensors(back_into),
+            projected,
+            *steps,
+            squares,
+            seq_idx,
+            *kept[shape.recompute],
         )
         ctx.shape, ctx.batch, ctx.exchange, ctx.total = shape, batch, exchange, total
         ctx.sums, ctx.dropping = sums, dropping
@@ -151,13 +164,14 @@ class _FusedMixer(torch.autograd.Function):
         # Read once: under torch.utils.checkpoint a second reading finds the tensors already given away.
         saved = ctx.saved_tensors
         x_md, weights = saved[0], MixerWeights(*saved[1:14])
-        projection, projected, *steps = saved[14:20]
-        squares, out_weight, seq_idx, mixed, y, normed, states = saved[20:]
+        back_from, back_into = _weight_of(*saved[14:17]), _weight_of(*saved[17:20])
+        projected, *steps = saved[20:25]
+        squares, seq_idx, mixed, y, normed, states = saved[25:]
         steps = TimeSteps(*steps)
         shape, total = ctx.shape, ctx.total
         heads, headdim = shape.heads, shape.headdim
         inner, bc = heads * headdim, weights.in_bc.shape[0]
-        filling = _filling(projection, inner, bc, heads)
+        filling = _filling(projected, inner, bc, heads)
         parts = [inner, inner + bc, heads, filling]
         z, xbc, _, _ = projected.split(parts, dim=-1)
         drop_z, drop_xbc, drop_dt = _drops_of(ctx.dropping, parts)
@@ -172,7 +186,7 @@ class _FusedMixer(torch.autograd.Function):
             *(torch.zeros_like(w) if held is None else held for w, held in zip(weights, ctx.sums, strict=True))
         )
         grad_normed = ctx.exchange.gather_times_adding(
-            grad, out_weight.T, sums.out[:, :inner], normed.flatten(0, 1)
+            grad, back_into, sums.out[:, :inner], normed.flatten(0, 1)
         ).view_as(normed)
 
         grad_projected = torch.empty_like(projected)
@@ -200,7 +214,7 @@ class _FusedMixer(torch.autograd.Function):
         grad_given, _ = _as_given(grad_xbc, ctx.batch, None)
         tap_parts = conv_backward(grad_mixed, given, _taps(weights), conv_seq_idx, grad_given, drop_xbc)
         grad_projected_me = grad_projected.flatten(0, 1)
-        grad_x = ctx.exchange.start_times_sum(grad_projected_me, projection.T)
+        grad_x = ctx.exchange.start_times_sum(grad_projected_me, back_from)
         # z's and x's rows are large enough for a product each; B's, C's and dt's share one.
         add_product(sums.in_z[:inner], grad_projected_me[:, :inner].T, x_md)
         add_product(sums.in_x[:inner], grad_projected_me[:, inner : 2 * inner].T, x_md)
@@ -250,9 +264,23 @@ def _as_given(x_btc: Tensor, batch: int, seq_idx: Tensor | None) -> tuple[Tensor
     return x_btc.as_strided((batch, t, x_btc.shape[2]), (t * row, row, 1)), None  # a view forgets `row` where t is 1
 
 
-def _filling(projection: Tensor, inner: int, bc: int, heads: int) -> int:
-    """Rows of zeros at the projection's end."""
-    return int(projection.shape[0]) - (2 * inner + bc + heads)
+def _both_ways(weight_nk: Tensor, shape: Shape) -> tuple[Weight, Weight]:
+    """What forward multiplies by, and what backward does."""
+    return float8.float8_weights(weight_nk) if shape.float8 else (weight_nk, weight_nk.T)
+
+
+def _tensors(weight: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """For autograd to keep, which knows of tensors alone."""
+    return weight if isinstance(weight, float8.Float8Weight) else (weight, None, None)
+
+
+def _weight_of(values: Tensor, scale: Tensor | None, factor: Tensor | None) -> Weight:
+    return values if scale is None else float8.Float8Weight(values, scale, factor)
+
+
+def _filling(projected: Tensor, inner: int, bc: int, heads: int) -> int:
+    """Columns of zeros at the projection's end."""
+    return int(projected.shape[-1]) - (2 * inner + bc + heads)
 
 
 def _drops_of(dropping: ChannelDrop | None, parts: list[int]) -> list[ChannelDrop | None]:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modeling.ops.float8 import Float8Weight, float8_times
 
-def times(x_mk: Tensor, weight_nk: Tensor, out: Tensor | None = None) -> Tensor:
-    """x @ weight transposed (m n), written to `out` where it is given."""
+Weight = Tensor | Float8Weight
+
+
+def times(x_mk: Tensor, weight_nk: Weight, out: Tensor | None = None) -> Tensor:
+    """x @ weight transposed (m n), in x's dtype, written to `out` where it is given."""
+    if isinstance(weight_nk, Float8Weight):
+        return float8_times(x_mk, weight_nk, out)
     return torch.mm(x_mk, weight_nk.T, out=out)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of decoding share."""
+"""What the tests of decoding share, and those of kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling.language import LanguageModel
+from modeling.ops import ssd
 
 
 @pytest.fixture(scope="module")
@@ -17,3 +18,9 @@ def trained(request: pytest.FixtureRequest) -> LanguageModel:
     with torch.no_grad():
         model.embedding.mul_(20)
     return model.eval()
+
+
+@pytest.fixture
+def plain_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain mixer's scan is ours in PyTorch, also where mamba-ssm's kernel, less exact and other at each run, is at hand."""
+    monkeypatch.setattr(ssd.upstream, "chunk_scan", lambda: None)

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.config import BackboneConfig
 from modeling.mixer import Mixer, initial_values
-from modeling.ops import ssd as ssd_module
 from modeling.ops.dropout import Drop, dropped, split_mix, threshold_of
 from modeling.ops.kernels import tiles
 from modeling.ops.kernels.conv import conv_backward, conv_forward
@@ -25,6 +24,8 @@ from modeling.ops.kernels.scan_common import time_steps
 from modeling.ops.products import times
 from modeling.tensor_parallel import Pending, TensorParallel
 from tests.parity.kernel_checks import DEVICE, GPU, LOW, assert_close, poison, some_drop
+
+pytestmark = pytest.mark.usefixtures("plain_scan")
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,6 @@ LARGE = [
         (56, 1023, 64, False),
     ]
 ]
-
-
-@pytest.fixture(autouse=True)
-def plain_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain mixer's scan is ours in PyTorch, also where mamba-ssm's kernel, less exact and other at each run, is at hand."""
-    monkeypatch.setattr(ssd_module.upstream, "chunk_scan", lambda: None)
 
 
 class TwinRank(TensorParallel):

@@ -1,7 +1,7 @@
 """Joint training throughput of ours beside the public MatMamba's, in one process on one GPU.
 
     python -m tests.perf.compare_reference --reference DIR [--models 130m 370m] [--longer 4096 8192]
-        [--recompute states selective] [--out docs/benchmarks/compare_reference.json]
+        [--recompute states selective] [--float8] [--out docs/benchmarks/compare_reference.json]
 
 DIR holds a checkout of the public code (its `matmamba` package) and whatever that imports and this environment lacks,
 such as `causal_conv1d`, without which its fused path does not run. Both sides do the forward and backward passes of all
@@ -78,6 +78,12 @@ def recompute(model: LanguageModel, mode: MixerRecompute) -> None:
     """What the model's mixers compute again in backward, from the next pass on."""
     for block in model.blocks:
         block.mixer.recompute = mode
+
+
+def multiply_in_float8(model: LanguageModel, *, on: bool) -> None:
+    """Whether the model's mixers multiply their projections in float8, from the next pass on."""
+    for block in model.blocks:
+        block.mixer.float8 = on
 
 
 def void(_: object) -> None:
@@ -177,8 +183,12 @@ def rows_of(
     *,
     sequence: int = SEQUENCE,
     mode: str = "none",
+    precision: str = "bf16",
 ) -> list[dict[str, Any]]:
-    """The JSON rows of one model: the joint step, then each width that was timed; `mode` is activation_checkpointing's."""
+    """The JSON rows of one model: the joint step, then each width that was timed; `mode` is activation_checkpointing's.
+
+    MFU counts against the rate of a bfloat16 product, whatever `precision` is.
+    """
     cfg, tokens = config_of(name), SIZES[name][2] * SEQUENCE
     flops = {str(level): training_flops_per_token(cfg, cfg.layer_widths(cfg.n_heads // level)) for level in LEVELS}
     flops["joint"] = sum(flops.values())
@@ -191,6 +201,7 @@ def rows_of(
                 "width": width if width in ("joint", "1") else f"1/{width}",
                 "sequence": sequence,
                 "activation_checkpointing": mode,
+                "precision": precision,
                 "reference_tok_s": None if theirs is None else round(tokens / theirs[width]),
                 "ours_tok_s": round(tok_s),
                 "ratio": None if theirs is None else round(theirs[width] / mine[width], 3),
@@ -223,6 +234,12 @@ def compare(name: str, args: argparse.Namespace, rate: float) -> Iterator[list[d
         again = measure(build, name, tokens_of(name, SEQUENCE), args.steps, levels=())
         others += rows_of(name, again, None, rate, mode=mode)
         yield [*rows_of(name, mine, None, rate), *others]
+    if args.float8:
+        recompute(model, "none")
+        multiply_in_float8(model, on=True)
+        again = measure(build, name, tokens_of(name, SEQUENCE), args.steps)
+        others += rows_of(name, again, None, rate, precision="fp8")
+        yield [*rows_of(name, mine, None, rate), *others]
     del model, launched, build
     gc.collect()
     torch.cuda.empty_cache()
@@ -242,6 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--recompute", choices=("states", "selective"), nargs="*", default=[], help="also ours alone, to save memory"
     )
+    parser.add_argument("--float8", action="store_true", help="also ours alone with precision=fp8")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/compare_reference.json"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -263,12 +281,12 @@ def main() -> None:
             rows = [*done, *found]
             args.out.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
     print(
-        "\n| model | width | sequence | recompute | reference tok/s | ours tok/s | ratio (goal) | MFU | GiB: reference | ours |"
+        "\n| model | width | sequence | recompute | precision | reference tok/s | ours tok/s | ratio (goal) | MFU | GiB: reference | ours |"
     )
-    print("|---" * 10 + "|")
+    print("|---" * 11 + "|")
     for row in rows:
         goal = f" ({GOALS[row['model']]})" if row["width"] == "joint" else ""
-        cells = [row[key] for key in ("model", "width", "sequence", "activation_checkpointing")]
+        cells = [row[key] for key in ("model", "width", "sequence", "activation_checkpointing", "precision")]
         cells += [row["reference_tok_s"], row["ours_tok_s"], f"{row['ratio']}{goal}", f"{row['mfu']:.1%}"]
         print("| " + " | ".join(map(str, [*cells, row["reference_peak_gib"], row["ours_peak_gib"]])) + " |")
 

@@ -1,4 +1,4 @@
-"""The training loss of our kernels beside the plain path's, and beside another seed's, on GPUs of one kind.
+"""The training loss of our kernels beside the plain path's or float8's, and beside another seed's, on GPUs of one kind.
 
     python -m tests.perf.loss_curve configs/lm_130m.yaml data.path=SHARDS data.tokens_per_step=8192 data.micro_batch=8 \\
         --steps 500 --folder /tmp/curves --out docs/benchmarks/loss_curve.json --plot docs/images/loss_curve.png
@@ -6,6 +6,7 @@
 Three runs of the trainer: our kernels, the plain path (plain PyTorch, scan included, its operations in CUDA graphs) with
 the same seed, and our kernels with another seed. The kernels round elsewhere than the plain path does, so the
 curves drift apart as any two roundings do; they must stay much closer than two seeds. The record has every step's losses.
+With `--against float8` the second run is our kernels' with precision=fp8.
 """
 
 from __future__ import annotations
@@ -74,13 +75,16 @@ def be_plain() -> None:
     modeling.loss._cross_entropy_piece = cross_entropy_piece
 
 
-def start(args: argparse.Namespace, name: str, place: int, *, plain: bool, seed: int) -> subprocess.Popen[bytes]:
+def start(
+    args: argparse.Namespace, name: str, place: int, *, seed: int, plain: bool = False, float8: bool = False
+) -> subprocess.Popen[bytes]:
     """A run of the trainer in a process of its own; of runs at once, the one of number `place`."""
     folder = args.folder / name
     overrides = [*args.overrides, f"run_dir={folder}", f"seed={seed}", f"optim.steps={args.steps}"]
     overrides += ["logging.every_steps=1", "logging.eval_every_steps=0", "checkpoint.every_steps=0"]
     # Short chunks: the plain scan holds a chunk x chunk matrix a head.
     overrides += ["model.chunk_size=64"] if plain else []
+    overrides += ["precision=fp8"] if float8 else []
     worker = [sys.executable, "-m", "tests.perf.loss_curve", args.config, *overrides, "--worker", str(int(plain))]
     settings = dict(os.environ)
     if args.at_once:
@@ -105,15 +109,15 @@ def difference(a: Curves, b: Curves, *, last: int) -> dict[str, float]:
     }
 
 
-def draw(curves: dict[str, Curves], picture: Path) -> None:
+def draw(curves: dict[str, Curves], against: str, picture: Path) -> None:
     """All curves, and below them what two seeds and two paths differ by."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, constrained_layout=True)
     widths = list(curves["kernels"])
-    for name, style in (("kernels", "-"), ("plain", ":"), ("other seed", "--")):
+    for name, style in (("kernels", "-"), (against, ":"), ("other seed", "--")):
         for i, width in enumerate(widths):
             top.plot(curves[name][width], style, color=f"C{i}", linewidth=1, label=f"{name}, width {width}")
     for i, width in enumerate(widths):
-        for name, style in (("plain", "-"), ("other seed", ":")):
+        for name, style in ((against, "-"), ("other seed", ":")):
             gap = [abs(a - b) + 1e-7 for a, b in zip(curves["kernels"][width], curves[name][width], strict=True)]
             bottom.plot(gap, style, color=f"C{i}", linewidth=0.7, label=f"kernels and {name}, width {width}")
     top.set(ylabel="training loss, nats a token")
@@ -128,6 +132,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--against", choices=("plain", "float8"), default="plain", help="what the second run is")
     parser.add_argument("--folder", type=Path, help="the three runs go here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -147,10 +152,10 @@ def main() -> None:
     if args.folder is None or args.out is None:
         parser.error("name --folder and --out")
     seed = load_config(args.config, [*args.overrides, "run_dir=unused"]).seed
-    asked = {
-        "kernels": {"plain": False, "seed": seed},
-        "other seed": {"plain": False, "seed": seed + 1},
-        "plain": {"plain": True, "seed": seed},
+    asked: dict[str, dict[str, Any]] = {
+        "kernels": {"seed": seed},
+        args.against: {args.against: True, "seed": seed},
+        "other seed": {"seed": seed + 1},
     }
     running = []
     for place, (name, how) in enumerate(asked.items()):
@@ -168,7 +173,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "mean_difference_over_last_steps": {
             "steps": last,
-            "kernels and plain": difference(curves["kernels"], curves["plain"], last=last),
+            f"kernels and {args.against}": difference(curves["kernels"], curves[args.against], last=last),
             "kernels and other seed": difference(curves["kernels"], curves["other seed"], last=last),
         },
         "curves": curves,
@@ -176,7 +181,7 @@ def main() -> None:
     print(json.dumps(record["mean_difference_over_last_steps"], indent=1))
     args.out.write_text(json.dumps(record) + "\n")
     if args.plot is not None:
-        draw(curves, args.plot)
+        draw(curves, args.against, args.plot)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,20 @@ def _gather_projection(z_ptr, x_ptr, bc_ptr, dt_ptr, out_ptr, inner, bc, heads, 
 
 
 def gather_projection(
-    z_id: Tensor, x_id: Tensor, bc_cd: Tensor, dt_hd: Tensor, *, heads: int, headdim: int, dtype: torch.dtype
+    z_id: Tensor,
+    x_id: Tensor,
+    bc_cd: Tensor,
+    dt_hd: Tensor,
+    *,
+    heads: int,
+    headdim: int,
+    dtype: torch.dtype,
+    row_step: int = ROW_STEP,
 ) -> Tensor:
-    """[z | x | B C | dt] of the first `heads` heads, shape e d, in `dtype`; zeros fill e up to a multiple of ROW_STEP."""
+    """[z | x | B C | dt] of the first `heads` heads, shape e d, in `dtype`; zeros fill e up to a multiple of
+    `row_step`."""
     inner, bc, width = heads * headdim, bc_cd.shape[0], z_id.shape[1]
-    rows = triton.cdiv(2 * inner + bc + heads, ROW_STEP) * ROW_STEP
+    rows = triton.cdiv(2 * inner + bc + heads, row_step) * row_step
     out = torch.empty(rows, width, dtype=dtype, device=z_id.device)
     grid = (rows, triton.cdiv(width, BLOCK))
     _gather_projection[grid](z_id, x_id, bc_cd, dt_hd, out, inner, bc, heads, width, BLOCK=BLOCK)
