@@ -17,7 +17,7 @@ from modeling.loss import TOKENS_PER_PIECE
 from modeling.nesting import local_heads
 from pretrain.config import RunConfig
 
-FLOAT, BF16 = 4, 2
+FLOAT, BF16, FLOAT8 = 4, 2, 1
 SCAN_CHUNK = 64
 """Steps between the states that the scan keeps (modeling.ops.kernels.tiles)."""
 
@@ -56,7 +56,7 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     shard = -(-parameters // dp)
     tokens = cfg.tokens_per_pass
     between = tokens // tp if cfg.parallel.sequence else tokens
-    layer = _Layer.of(cfg.model, tp, tokens, between)
+    layer = _Layer.of(cfg.model, tp, tokens, between, FLOAT8 if cfg.precision == "fp8" else BF16)
     all_of = layer.projections + layer.inside
     kept, again = {
         "none": (all_of, 0),
@@ -89,7 +89,7 @@ class _Layer:
     inputs: int
     """What enters it: the residual stream and the branch to add."""
     projections: int
-    """Input and output of the input projection, and the weights in the compute dtype."""
+    """Input and output of the input projection, and both projections' weights as backward multiplies by them."""
     inside: int
     """What lies between the projections."""
     states: int
@@ -100,7 +100,7 @@ class _Layer:
     """Where they are not added in place."""
 
     @classmethod
-    def of(cls, cfg: BackboneConfig, tp: int, tokens: int, between: int) -> _Layer:
+    def of(cls, cfg: BackboneConfig, tp: int, tokens: int, between: int, weight_bytes: int) -> _Layer:
         heads = local_heads(cfg.n_heads, tp)
         inner, bc, d = heads * cfg.headdim, 2 * cfg.d_state, cfg.d_model
         projected = tokens * (2 * inner + bc + heads) * BF16
@@ -108,7 +108,7 @@ class _Layer:
         channels = tokens * inner * BF16
         states = tokens // SCAN_CHUNK * inner * cfg.d_state * BF16
         steps = 4 * tokens * heads * FLOAT
-        weights = (2 * inner + bc + heads + inner) * d * BF16
+        weights = (2 * inner + bc + heads + inner) * d * weight_bytes
         inputs = between * d * (FLOAT + BF16)
         normed = tokens * d * BF16
         inside = mixed + 2 * channels + states

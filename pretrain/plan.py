@@ -17,7 +17,7 @@ from rich.table import Table
 from modeling.flops import local_parameters, training_flops_per_token
 from pretrain.collectives import collectives, passes_per_step, widths_of_a_step
 from pretrain.config import LanguageRunConfig
-from pretrain.config_sections import ConfigError
+from pretrain.config_sections import ConfigError, require
 from pretrain.dry_run import plain_console
 from pretrain.hardware import GPU_PEAK_TFLOPS
 from pretrain.memory import Memory, estimate
@@ -35,6 +35,9 @@ BEFORE_HOPPER = frozenset({"A100"})
 """Where mamba-ssm's scan runs instead of our kernels (modeling.ops.kernels.OLDEST_GPU)."""
 PRODUCT_FLOP_S = 730e12
 """bf16 matrix products at the models' shapes: 719 at 130M, 758 at 1.4B."""
+FLOAT8_TIMES, ROUND_S = 1.8, 1e-12
+"""With precision=fp8, on an H200 (docs/benchmarks/compare_reference.json): what its products are faster than bf16's, 1.55 times at
+130M and 1.95 at 1.4B, and what rounding a number that goes into one takes."""
 CHANNEL_S, HEAD_S = 17e-12, 500e-12
 """Scan, convolution and gated norm, forward and backward: seconds a channel and token are the first plus the second over
 headdim. 130M (24): 38e-12; 1.4B (64): 25e-12."""
@@ -162,6 +165,10 @@ def predict(cfg: LanguageRunConfig, cluster: Cluster, memory: Memory | None = No
     tp_s, dp_s = _link_seconds(cfg, cluster)
     launches = cfg.model.n_layers * passes_per_step(cfg, cluster.world_size)
     captured = why_launched(cfg, torch.device("cuda")) is None
+    require(
+        cfg.precision != "fp8" or cluster.gpu not in BEFORE_HOPPER,
+        f"precision=fp8: an {cluster.gpu} does not multiply in float8: use precision=bf16",
+    )
     return Plan(
         cfg=cfg,
         memory=memory or estimate(cfg, cluster.world_size),
@@ -182,7 +189,14 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
     for n_heads in widths_of_a_step(cfg):
         whole = training_flops_per_token(model, model.layer_widths(n_heads))
         head = 6 * model.n_vocab_rows * model.d_model
-        products += tokens / tp * (head + (whole - head) * (4 / 3 if again == "block" else 1))
+        # Forward, which may be done again, and the gradient of what it read; then weights' gradients.
+        each = (whole - head) / 3
+        either, of_weights = each * (3 if again == "block" else 2), each
+        products += tokens / tp * (head + either / (FLOAT8_TIMES if cfg.precision == "fp8" else 1) + of_weights)
+        if cfg.precision == "fp8":
+            inner = n_heads * model.headdim
+            rounded = tokens * 2 * model.d_model + tokens / tp * (3 * inner + 2 * model.d_state + n_heads)
+            bound += rounded * model.n_layers * ROUND_S
         channels = tokens / tp * n_heads * model.headdim * model.n_layers
         scan = channels * (CHANNEL_S + HEAD_S / model.headdim)
         bound += scan * {"none": 1.0, "states": 1 + STATES_SHARE}.get(again, 1 + FORWARD_SHARE)

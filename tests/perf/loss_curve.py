@@ -98,15 +98,19 @@ def start(
 def curves_of(args: argparse.Namespace, name: str) -> Curves:
     """The losses that a run recorded."""
     records = [r for r in read_metrics(args.folder / name / "metrics.jsonl") if r["kind"] == "train"]
-    return {width: [r["loss"][width] for r in records] for width in records[0]["loss"]}
+    return {width: [round(r["loss"][width], 5) for r in records] for width in records[0]["loss"]}
 
 
-def difference(a: Curves, b: Curves, *, last: int) -> dict[str, float]:
-    """Mean absolute difference over the last steps, by width."""
-    return {
-        width: statistics.mean(abs(x - y) for x, y in zip(a[width][-last:], b[width][-last:], strict=True))
-        for width in a
-    }
+def difference(a: Curves, b: Curves, *, last: int) -> dict[str, dict[str, float]]:
+    """b's loss less a's over the last steps, by width: the mean of its size, and its mean."""
+    found = {}
+    for width in a:
+        gaps = [y - x for x, y in zip(a[width][-last:], b[width][-last:], strict=True)]
+        found[width] = {
+            "absolute": round(statistics.mean(map(abs, gaps)), 5),
+            "signed": round(statistics.mean(gaps), 5),
+        }
+    return found
 
 
 def draw(curves: dict[str, Curves], against: str, picture: Path) -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from modeling.language import LanguageModel
 from modeling.tensor_parallel import TensorParallel
+from pretrain import train
 from pretrain.config import LanguageRunConfig
 from pretrain.config_io import config_from_dict, config_to_yaml, load_config
 from pretrain.config_sections import ConfigError
@@ -100,6 +102,35 @@ def test_distillation_needs_shared_draws_and_a_student() -> None:
 def test_loader_names_key_and_way_out(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_dict(changed(key, value))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (
+            "model",
+            {"d_model": 40, "headdim": 4, "n_heads": 20, "widths": [20, 8]},
+            r"model\.d_model=40 is not a multiple of 16",
+        ),
+        ("model", {"widths": [16, 2]}, r"2 heads of 4 are 8 channels on each of parallel\.tensor=1 ranks"),
+        ("parallel", {"tensor": 4}, r"8 heads of 4 are 8 channels on each of parallel\.tensor=4 ranks"),
+    ],
+)
+def test_float8_asks_for_multiples_of_16(section: str, values: dict[str, Any], message: str) -> None:
+    raw = base()
+    raw["precision"] = "fp8"
+    assert config_from_dict(raw).precision == "fp8"
+    raw[section] = raw.get(section, {}) | values
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(raw)
+    raw["precision"] = "bf16"
+    config_from_dict(raw)
+
+
+def test_float8_is_refused_where_the_kernels_do_not_run() -> None:
+    cfg = config_from_dict(base() | {"precision": "fp8"})
+    with pytest.raises(ConfigError, match=r"precision=fp8 needs the fused kernels, .* \(no GPU\): use bf16"):
+        train._mixer_path(cfg, torch.device("cpu"), torch.bfloat16)
 
 
 def test_tensor_parallelism_must_divide_the_embedding_too() -> None:

@@ -46,13 +46,16 @@ def cluster(nodes: int, gpus: int, gpu: str = "H200", network_gb_s: float = 45.0
     return Cluster(nodes=nodes, gpus_per_node=gpus, gpu=gpu, nvlink_gb_s=400.0, network_gb_s=network_gb_s)
 
 
-@pytest.mark.parametrize("row", ALONE, ids=lambda row: f"{row['model']} {row['activation_checkpointing']}")
+@pytest.mark.parametrize(
+    "row", ALONE, ids=lambda row: f"{row['model']} {row['activation_checkpointing']} {row.get('precision', 'bf16')}"
+)
 def test_one_gpu_is_predicted_as_measured(row: dict[str, Any]) -> None:
     """The passes of a micro-batch; the record has no optimizer in it, and each of its widths embeds for itself."""
     cfg = config(row["model"])
     mode, micro_batch = row["activation_checkpointing"], cfg.data.micro_batch
     cfg = replace(
         cfg,
+        precision=row.get("precision", "bf16"),
         data=replace(cfg.data, tokens_per_step=micro_batch * 1024),
         parallel=replace(cfg.parallel, activation_checkpointing=mode),
     )
@@ -239,3 +242,11 @@ def test_the_dry_run_of_a_sandwich_counts_what_trains(draw: str, capsys: pytest.
     assert "one of 3 widths" in printed
     assert "mixers of the narrowest 2" in printed
     assert " ".join(printed.split()).count("a drawn width counts as the widest that it can be") == 2
+
+
+def test_float8_is_not_planned_for_gpus_without_it() -> None:
+    with pytest.raises(ConfigError, match=r"precision=fp8: an A100 does not multiply in float8"):
+        plan(config("1b4", "precision=fp8"), cluster(1, 8, "A100"))
+    wide, narrow = (predict(config("1b4", f"precision={p}"), cluster(1, 8)) for p in ("bf16", "fp8"))
+    assert 1.1 < wide.compute_s / narrow.compute_s < 1.2
+    assert wide.memory.activations - narrow.memory.activations == 48 * (3 * 4096 + 256 + 64) * 2048
