@@ -19,7 +19,7 @@ import torch
 from modeling.checkpoint_reader import CheckpointError
 from modeling.decode import Conversation, check_prompts, generate
 from modeling.open_model import DTYPES, open_model
-from modeling.sampling import Sampling
+from modeling.sampling import Sampling, seeded
 from modeling.search import read_widths
 from modeling.speculative import Speculation, speculate
 from modeling.text import Text, TextStream, open_text
@@ -63,9 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if len(args.width or []) > 1 and (len(args.prompt) > 1 or args.speculate is not None):
             raise ValueError("several turns need one prompt and no --speculate")
-        for prompt in args.prompt:
-            if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
-                raise ValueError(f"--prompt {prompt[:80]!a} is not UTF-8 text")
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
         sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
@@ -74,14 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         text = open_text(args.tokenizer or opened.tokenizer, model.cfg.vocab_size)
         turns = args.width or [model.own_width]
         widths = [read_widths(turn, model.cfg.n_heads, model.cfg.n_layers) for turn in turns]
-        prompts = [text.encode(prompt) or [text.eos_id] for prompt in args.prompt]
+        prompts = [text.prompt_ids(prompt) for prompt in args.prompt]
         check_prompts(prompts, model.cfg.vocab_size)
         for one in widths:
             model.check_widths(one)
         draft = None
         if args.speculate is not None:
             draft = read_widths(args.speculate, model.cfg.n_heads, model.cfg.n_layers)
-        generator = torch.Generator(model.device).manual_seed(args.seed)
+        generator = seeded(args.seed, model.device)
         common = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "generator": generator}
         start = time.perf_counter()
         note, n_new = "", 0

@@ -51,6 +51,13 @@ def probabilities(logits_bv: Tensor, sampling: Sampling) -> Tensor:
     return probabilities_bv
 
 
+def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device` that starts from `seed`. Raises ValueError where that has more than torch's 64 bits."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed}: must lie in {-(2**63)} to {2**64 - 1}, the numbers of 64 bits")
+    return torch.Generator(device).manual_seed(seed)
+
+
 def choose(logits_bv: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """One token id (int64, shape b) for each row of scores."""
     if sampling.temperature == 0:

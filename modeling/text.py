@@ -29,6 +29,15 @@ class Text:
     vocab_size: int
     """One more than the largest id."""
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids that a text goes on from: the prompt's, or the end of a document for an empty one.
+
+        Raises ValueError where the prompt is not UTF-8, as what Python makes of other bytes of a command line.
+        """
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"--prompt {prompt[:80]!a} is not UTF-8 text")
+        return self.encode(prompt) or [self.eos_id]
+
     def until_end(self, ids: Sequence[int]) -> list[int]:
         """The ids before the first end of text."""
         ids = list(ids)

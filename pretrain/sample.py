@@ -6,16 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from data_prep.tokenizers_io import open_tokenizer
 from modeling.checkpoint_reader import CheckpointError
 from modeling.decode import generate
 from modeling.inference import InferenceModel
 from modeling.nesting import parse_layer_widths
-from modeling.sampling import Sampling
+from modeling.sampling import Sampling, seeded
+from modeling.text import open_text
 from pretrain.checkpoint_model import load_language_model
-from pretrain.config_sections import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder")
     parser.add_argument("--width", default="1", help="1, 1/2, a head count as 16h, or one for each layer: 1,1/2,...")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--tokenizer", default="", help="default: the one that the run's config names")
+    parser.add_argument("--tokenizer", default="", help="FILE.json, FILE.model or tiktoken:NAME; default: the run's")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-p", type=float, default=0.95)
@@ -32,19 +29,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model, cfg = load_language_model(args.checkpoint)
-        spec = args.tokenizer or cfg.data.tokenizer
-        if not spec:
-            raise ConfigError("the run's config names no data.tokenizer: pass --tokenizer FILE")
-        tokenizer = open_tokenizer(spec)
+        text = open_text(args.tokenizer or cfg.data.tokenizer, model.cfg.vocab_size)
         widths = parse_layer_widths(args.width, model.cfg.n_heads, model.cfg.n_layers)
-        ids = [int(i) for i in tokenizer.encode_batch([args.prompt])[0]] or [tokenizer.eos_id]
+        ids = text.prompt_ids(args.prompt)
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
         sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
-    except (CheckpointError, FileNotFoundError, ValueError) as error:
+        generator = seeded(args.seed)
+    except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    generator = torch.Generator().manual_seed(args.seed)
     steps = generate(
         InferenceModel(model),
         [ids],
@@ -55,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     new = []
     for token in steps:
-        if token.item() == tokenizer.eos_id:
+        if token.item() == text.eos_id:
             break
         new.append(int(token))
-    print(tokenizer.decode(ids + new))
+    print(text.decode(ids + new))
     return 0
 
 

@@ -127,6 +127,7 @@ def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[s
         (("--width", "1e400"), "width '1e400': not a number"),
         (("--width", "1,1/2,1"), "3 widths for 2 layers"),
         (("--temperature", "-1"), "temperature=-1.0"),
+        (("--seed", str(2**64)), f"seed={2**64}: must lie in"),
         (("--temperature", "1e-320"), "at least 1e-06"),
         (("--speculate", "1", "--width", "1/2"), "wider than target"),
         (("--tokenizer", "absent.json"), "absent.json: no such file"),

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from modeling.checkpoint_reader import CheckpointError, Piece, RunState, manifest_sha256
+from modeling.checkpoint_reader import CheckpointError, manifest_sha256
 from modeling.config import LanguageConfig
 from modeling.export import read_state
 from modeling.language import LanguageModel
 from modeling.tensor_parallel import layout_of
-from pretrain.checkpoint import begin, checkpoint_dir, commit, write_rank_file
 from pretrain.checkpoint_model import load_model
+from tests.unit.one_checkpoint import write_run
 
 CFG = LanguageConfig(n_layers=2, d_model=32, headdim=8, widths=(8, 4), d_state=8, vocab_size=100)
 
@@ -25,24 +24,9 @@ CFG = LanguageConfig(n_layers=2, d_model=32, headdim=8, widths=(8, 4), d_state=8
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with one checkpoint, as a single rank writes it."""
-    root = checkpoint_dir(tmp_path / "run")
     model = LanguageModel(CFG)
     model.init_weights(0)
-    flat = {name: p.detach().flatten() for name, p in model.named_parameters()}
-    tensors = {
-        Piece(name, 0, 0, t.numel()): {"master": t, "exp_avg": t * 0, "exp_avg_sq": t * 0} for name, t in flat.items()
-    }
-    entry = write_rank_file(begin(root, 3), 0, tensors)
-    manifest = {
-        "format_version": 2,
-        "state": asdict(RunState(step=3)),
-        "config": {"model": asdict(CFG), "data": {"tokenizer": ""}},
-        "layout": {"tensor": 1},
-        "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
-        "files": [entry],
-    }
-    commit(root, 3, manifest)
-    return tmp_path / "run"
+    return write_run(tmp_path / "run", model)
 
 
 def rewrite(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
