@@ -21,7 +21,7 @@ from modeling.decode import Conversation, check_prompts, generate
 from modeling.open_model import DTYPES, open_model
 from modeling.sampling import Sampling, seeded
 from modeling.search import read_widths
-from modeling.speculative import Speculation, speculate
+from modeling.speculative import DRAFT_TOKENS, Speculation, speculate
 from modeling.text import Text, TextStream, open_text
 
 
@@ -56,13 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speculate", metavar="WIDTH", help="this narrower width drafts, --width verifies")
-    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens that the draft is ahead")
+    parser.add_argument("--draft-tokens", type=int, help=f"tokens that the draft is ahead; default: {DRAFT_TOKENS}")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 elsewhere")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
         if len(args.width or []) > 1 and (len(args.prompt) > 1 or args.speculate is not None):
             raise ValueError("several turns need one prompt and no --speculate")
+        if args.draft_tokens is not None and args.speculate is None:
+            raise ValueError(f"--draft-tokens {args.draft_tokens}: nothing drafts without --speculate WIDTH")
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
         sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
@@ -83,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         start = time.perf_counter()
         note, n_new = "", 0
         if draft is not None:
-            rounds = speculate(model, prompts, widths[0], draft, draft_tokens=args.draft_tokens, **common)
+            ahead = DRAFT_TOKENS if args.draft_tokens is None else args.draft_tokens
+            rounds = speculate(model, prompts, widths[0], draft, draft_tokens=ahead, **common)
             if len(prompts) == 1:
                 rounds = _shown(rounds, prompts[0], text)
             *_, spoken = rounds

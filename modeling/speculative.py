@@ -26,6 +26,9 @@ from modeling.inference import InferenceModel
 from modeling.nesting import LayerWidths
 from modeling.sampling import Sampling, choose, probabilities
 
+DRAFT_TOKENS = 4
+"""How far ahead a draft is, unless told otherwise."""
+
 
 @dataclass
 class Speculation:
@@ -53,7 +56,7 @@ def generate_speculatively(
     draft: LayerWidths,
     *,
     max_new_tokens: int,
-    draft_tokens: int = 4,
+    draft_tokens: int = DRAFT_TOKENS,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
 ) -> Speculation:
@@ -79,7 +82,7 @@ def speculate(
     draft: LayerWidths,
     *,
     max_new_tokens: int,
-    draft_tokens: int = 4,
+    draft_tokens: int = DRAFT_TOKENS,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Speculation]:

@@ -136,6 +136,8 @@ def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[s
         (("--device", "meta"), "device 'meta': must be cpu, cuda or cuda:N"),
         (("--device", "cuda:99"), "device 'cuda:99': this machine has"),
         (("--speculate", ""), "width ''"),
+        (("--draft-tokens", "4"), "--draft-tokens 4: nothing drafts without --speculate WIDTH"),
+        (("--draft-tokens", "0", "--speculate", "1/2"), "draft_tokens=0"),
         (("--prompt", "a\udcffb"), r"--prompt 'a\udcffb' is not UTF-8 text"),
         (("--width", "1", "--width", "1/2", "--prompt", "x"), "several turns need one prompt"),
     ],
