@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Run by its path, a script finds its own folder first on sys.path and not the repository: make both ways work.
@@ -45,7 +45,16 @@ def digits() -> list[tuple[str, int, Pixels]]:
 
 
 def drawn(n_classes: int, n_images: int, size: int, seed: int = 0) -> list[tuple[str, int, Pixels]]:
-    """(class, number, pixels [size, size, 3]) of `n_images` images of each of `n_classes` recipes."""
+    """(class, number, pixels [size, size, 3]) of `n_images` images of each of `n_classes` recipes.
+
+    Raises ValueError where they would not be two splits of images, or the seed is none of numpy's.
+    """
+    least = {"--classes": (n_classes, 1), "--images": (n_images, 2), "--size": (size, 2)}
+    for option, (value, bound) in least.items():
+        if value < bound:
+            raise ValueError(f"{option} {value}: must be at least {bound}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: must lie in 0 to {2**32 - 1}")
     width = len(str(n_classes - 1))
     images = []
     for label in range(n_classes):
@@ -163,8 +172,8 @@ def write(images: list[tuple[str, int, Pixels]], folder: Path, quality: int = 92
     return counts
 
 
-def main() -> int:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -174,13 +183,16 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=60, help="images of each drawn class, a fifth of them val")
     parser.add_argument("--size", type=int, default=64, help="pixels on each side of drawn images")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn classes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         images = digits() if args.what == "digits" else drawn(args.classes, args.images, args.size, args.seed)
+        counts = write(images, args.output)
     except ImportError:
         print("error: the digits are in scikit-learn: pip install scikit-learn, or make drawn images", file=sys.stderr)
         return 2
-    counts = write(images, args.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{args.output}: {counts['train']:,} images for train, {counts['val']:,} for val")
     return 0
 

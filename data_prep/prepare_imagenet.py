@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _preparation(args: argparse.Namespace) -> ImagePreparation:
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: must lie in 0 to {2**32 - 1}")
     policy = ImagePolicy(
         resize_short=args.resize_short,
         quality=args.quality,

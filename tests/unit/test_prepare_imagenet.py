@@ -238,6 +238,18 @@ def test_demo_images_are_images_of_classes(tmp_path: Path) -> None:
         assert len(read_image_manifest(tmp_path / f"out_{name}").classes) == n_classes
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--size", 0), ("--size", -3), ("--classes", 0), ("--images", 1), ("--seed", -1), ("--seed", 2**32)],
+)
+def test_demo_images_that_cannot_be_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: int
+) -> None:
+    assert make_demo_images.main(["drawn", str(tmp_path / "drawn"), option, str(value)]) == 2
+    assert f"error: {option} {value}: must " in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
+
+
 def test_the_manifest_counts_and_the_log_names(
     originals: dict[str, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +339,8 @@ def test_a_class_whose_images_were_all_left_out_is_an_error(
         (["--val", "train"], "--input or --train is required"),
         (["--train", "train", "--val-fraction", "0.5", "--shard-bytes", "4294967296"], "at most 2147483648 (2 GiB)"),
         (["--input", ".", "--train", "train"], "--input and --train"),
+        (["--input", "none", "--seed", "-1"], "--seed -1: must lie in 0 to 4294967295"),
+        (["--input", "none", "--seed", "4294967296"], "--seed 4294967296: must lie in"),
     ],
 )
 def test_inputs_that_cannot_be_are_named(
