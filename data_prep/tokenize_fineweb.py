@@ -19,6 +19,7 @@ if __package__ in (None, ""):
 
 from data_prep.corpus_io import Filters, InputError, find_sources
 from data_prep.encode_worker import EncodeSettings
+from data_prep.fast_bpe import EncoderDiffersError
 from data_prep.prep_job import OutputError, cores, place_from_slurm
 from data_prep.preparation import Preparation, merge_parts
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.merge:
             return merge_parts(Path(args.output))
         return _preparation(args).run()
-    except (InputError, OutputError, ValueError, FileNotFoundError) as error:
+    except (InputError, OutputError, EncoderDiffersError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

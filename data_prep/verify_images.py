@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +33,8 @@ class ShardReport:
 
 
 def verify_images(folder: Path, picture: str, n_workers: int) -> int:
-    """Print what is in the image dataset and every problem. Returns the exit status: 1 for a damaged dataset."""
+    """Print what is in the image dataset and every problem. Returns the exit status: 1 for a damaged dataset, 2 where that
+    could not be found out."""
     try:
         manifest = read_image_manifest(folder)
     except (ValueError, FileNotFoundError) as error:
@@ -46,11 +48,19 @@ def verify_images(folder: Path, picture: str, n_workers: int) -> int:
         except ShardError as error:
             problems.append(str(error))
             continue
-        for report in _reports([(folder / split, entry, len(manifest.classes)) for entry in entries], n_workers):
-            whole.labels.update(report.labels)
-            whole.n_bytes += report.n_bytes
-            whole.n_pixels += report.n_pixels
-            whole.problems += report.problems
+        try:
+            for report in _reports([(folder / split, entry, len(manifest.classes)) for entry in entries], n_workers):
+                whole.labels.update(report.labels)
+                whole.n_bytes += report.n_bytes
+                whole.n_pixels += report.n_pixels
+                whole.problems += report.problems
+        except BrokenProcessPool:
+            print(
+                f"error: {split}: a process that decodes images was killed, for want of memory perhaps: run it again with "
+                "fewer --workers",
+                file=sys.stderr,
+            )
+            return 2
         found = [whole.labels[label] for label in range(len(manifest.classes))]
         if not whole.problems and found != manifest.images_per_class[split]:
             whole.problems.append(f"{split}: the images of each class are not those that the manifest counts")

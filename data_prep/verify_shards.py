@@ -39,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", default="", metavar="PNG", help="where to draw document lengths, or images")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: one for each core")
     args = parser.parse_args(argv)
+    for option, value in (("--samples", args.samples), ("--workers", args.workers)):
+        if value < 0:
+            print(f"error: {option} {value}: must be at least 0", file=sys.stderr)
+            return 2
+    if args.picture and Path(args.picture).suffix != ".png":
+        print(f"error: --picture {args.picture}: must end in .png", file=sys.stderr)
+        return 2
     if args.picture and not Path(args.picture).parent.is_dir():
         print(f"error: --picture {args.picture}: there is no folder to put it into", file=sys.stderr)
         return 2

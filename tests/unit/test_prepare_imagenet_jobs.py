@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,25 @@ def test_verification_finds_what_is_wrong(folder: Path, tmp_path: Path, capsys: 
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert verify_shards.main([str(out), "--workers", "1"]) == 1
     assert "not those that the manifest counts" in capsys.readouterr().out
+
+
+def test_a_killed_decoder_is_an_error_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel kills one for want of memory."""
+    out = tmp_path / "out"
+    assert prepare(out, "--input", str(folder)) == 0
+    real = ProcessPoolExecutor.map
+
+    def and_a_kill(pool: ProcessPoolExecutor, *arguments: Any) -> Iterator[Any]:
+        reports = real(pool, *arguments)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        return reports
+
+    monkeypatch.setattr(ProcessPoolExecutor, "map", and_a_kill)
+    assert verify_shards.main([str(out), "--workers", "2"]) == 2
+    assert "error: train: a process that decodes images was killed" in capsys.readouterr().err
 
 
 def test_verification_decodes_every_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

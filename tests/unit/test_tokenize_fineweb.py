@@ -18,7 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import MDSWriter, StreamingDataset
 
-from data_prep import corpus_io, export_llmc, preparation, shard_writer, tokenize_fineweb, verify_shards
+from data_prep import (
+    corpus_io,
+    encode_worker,
+    export_llmc,
+    fast_bpe,
+    preparation,
+    shard_writer,
+    tokenize_fineweb,
+    verify_shards,
+)
 from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
 from data_prep.encode_worker import in_val
 from data_prep.image_sources import in_folder
@@ -463,6 +472,26 @@ def test_a_killed_worker_is_an_error_in_one_line(
     assert prepare(folder, tmp_path / "out") == 0
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ids_that_differ_from_the_references_are_an_error_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    if workers == "1":
+        monkeypatch.setattr(fast_bpe, "GPT2_PATTERN", r"\S+|\s+")
+    else:  # a spawned process knows nothing of that: what comes back of one is the error
+        monkeypatch.setattr(encode_worker, "_encode", differ)
+    assert prepare(folder, tmp_path / "out", "--workers", workers) == 2
+    assert "error: the fast encoder differs from the tokenizers library" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert prepare(folder, tmp_path / "out", "--encoder", "reference") == 0, "the way out"
+
+
+def differ(chunk: object) -> None:
+    """In the place of a worker's function."""
+    raise fast_bpe.EncoderDiffersError("the fast encoder differs from the tokenizers library on a document")
+
+
 def test_verification_names_every_damage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert prepare(folder, out) == 0
@@ -511,6 +540,22 @@ def test_verification_reads_what_training_decompressed_too(
     raw.write_bytes(bytes(data))
     assert verify_shards.main([str(out)]) == 1
     assert "train/shard.00000.mds: the checksum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--samples", "-1", "must be at least 0"),
+        ("--workers", "-2", "must be at least 0"),
+        ("--picture", "lengths.abc", "must end in .png"),
+        ("--picture", "none/lengths.png", "there is no folder to put it into"),
+    ],
+)
+def test_wrong_commands_of_verification_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    assert verify_shards.main([str(tmp_path), option, value]) == 2
+    assert capsys.readouterr().err == f"error: {option} {value}: {message}\n"
 
 
 def test_verification_finds_wrong_ids_and_counts(
