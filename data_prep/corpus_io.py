@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
+COMPRESSED_SUFFIXES = (".gz", ".zst")
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 1 << 30
 LARGE_GROUP_BYTES = 256 << 20
@@ -153,10 +154,11 @@ def _expand(text: str, hub_config: str) -> list[Source]:
 
 
 def _kind(name: str) -> str:
-    stem = name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
         return "parquet"
-    return "lines" if stem.endswith(LINE_SUFFIXES) else ""
+    while name.endswith(COMPRESSED_SUFFIXES):
+        name = name.rpartition(".")[0]
+    return "lines" if name.endswith(LINE_SUFFIXES) else ""
 
 
 def hub_file_system() -> Any:
@@ -300,15 +302,19 @@ def _line_payloads(source: Source, skip: int) -> Iterator[tuple[bytes, float]]:
 
 
 def _decompressed(path: str, raw: Any) -> Any:
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".zst"):
+    """The lines' bytes: of a.jsonl.zst.gz, gzip is undone first, then zstd."""
+    left, stream = path, raw
+    while left.endswith(COMPRESSED_SUFFIXES):
+        left, _, kind = left.rpartition(".")
+        if kind == "gz":
+            stream = gzip.GzipFile(fileobj=stream)
+            continue
         try:
             import zstandard
         except ImportError:
             raise InputError(f"{path}: install zstandard (pip install 'matmamba-pretrain[data]')") from None
-        return io.BufferedReader(_WholeFrames(raw, zstandard.ZstdDecompressor()), BLOCK_BYTES)
-    return raw
+        stream = io.BufferedReader(_WholeFrames(stream, zstandard.ZstdDecompressor()), BLOCK_BYTES)
+    return stream
 
 
 class _WholeFrames(io.RawIOBase):

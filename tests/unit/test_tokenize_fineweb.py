@@ -309,9 +309,12 @@ def test_compressed_lines_are_read_and_cut_ones_refused(tmp_path: Path) -> None:
     packed = {
         "x.jsonl.gz": gzip.compress(plain),
         "x.jsonl.zst": compressor.compress(plain[:half]) + compressor.compress(plain[half:]),
+        "x.jsonl.zst.gz": gzip.compress(compressor.compress(plain)),
+        "x.jsonl.gz.zst": compressor.compress(gzip.compress(plain)),
     }
     for name, data in packed.items():
         (tmp_path / name).write_bytes(data)
+        assert [source.path for source in find_sources([str(tmp_path / name)])] == [str(tmp_path / name)]
         found = chunks(0, Source(str(tmp_path / name), len(data)), ["text"], Filters())
         skipped: Counter[str] = Counter()
         texts = [t for c in found if c.payload is not None for t in documents(c, "text", Filters(), skipped)]
