@@ -7,6 +7,7 @@ looking inside (a row group is only named; lines travel as bytes); the workers d
 
 from __future__ import annotations
 
+import codecs
 import functools
 import glob
 import gzip
@@ -32,6 +33,8 @@ BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 1 << 30
 LARGE_GROUP_BYTES = 256 << 20
 LARGE_GROUP_DOCUMENTS = 512
+MOST_BAD_LINES = 0.9
+"""A file whose first block has a larger share of lines that are no JSON, or not UTF-8, is not JSON lines."""
 
 
 class InputError(ValueError):
@@ -280,12 +283,18 @@ def _line_payloads(source: Source, skip: int) -> Iterator[tuple[bytes, float]]:
     with open_binary(source.path) as raw:
         stream = _decompressed(source.path, raw)
         parts: list[bytes] = []  # of a line that is longer than a block
-        at = 0
+        at, begun = 0, False
         while True:
             with reading(source.path):
                 block = stream.read(BLOCK_BYTES)
             if not block:
                 break
+            if not begun and (block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in block[:2]):
+                raise InputError(
+                    f"{source.path}: begins as UTF-16 or UTF-32 does, and JSON lines are UTF-8: convert it (iconv -f UTF-16 "
+                    "-t UTF-8), or leave it out of --input"
+                )
+            begun = True
             end = block.rfind(b"\n") + 1
             if not end:
                 parts.append(block)
@@ -358,10 +367,11 @@ def documents(chunk: Chunk, text_column: str, filters: Filters, skipped: Counter
     """The texts of a chunk. What is left out is counted in `skipped` by reason:
 
     filtered (a filter said no), no_text (null, or not a string), malformed (a line that is not a JSON object),
-    invalid_utf8 (bytes that are not UTF-8, or a lone surrogate). Raises InputError where the bytes do not decode.
+    invalid_utf8 (bytes that are not UTF-8, or a lone surrogate). Raises InputError where the bytes do not decode, or nearly
+    all lines of a file's first chunk are bad: it is of another kind than its name says.
     """
     raw = (
-        _line_documents(chunk.payload, skipped)
+        _line_documents(chunk.payload, chunk, skipped)
         if isinstance(chunk.payload, bytes)
         else _rows(chunk, text_column, filters)
     )
@@ -384,22 +394,31 @@ def documents(chunk: Chunk, text_column: str, filters: Filters, skipped: Counter
         yield text
 
 
-def _line_documents(block: bytes, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+def _line_documents(block: bytes, chunk: Chunk, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    n_lines = 0
+    bad: Counter[str] = Counter()
     for line in block.split(b"\n"):
         if not line.strip():
             continue
+        n_lines += 1
         try:
             document = json.loads(line)
         except UnicodeDecodeError:
-            skipped["invalid_utf8"] += 1
+            bad["invalid_utf8"] += 1
             continue
         except (ValueError, RecursionError):
-            skipped["malformed"] += 1
+            bad["malformed"] += 1
             continue
         if isinstance(document, dict):
             yield document
         else:
-            skipped["malformed"] += 1
+            bad["malformed"] += 1
+    if chunk.number == 0 and bad.total() > MOST_BAD_LINES * n_lines:
+        raise InputError(
+            f"{chunk.path}: is not JSON lines: of its first {n_lines:,} lines {bad['malformed']:,} are no JSON object and "
+            f"{bad['invalid_utf8']:,} are not UTF-8. Write one JSON object a line, or leave it out of --input"
+        )
+    skipped.update(bad)
 
 
 @functools.lru_cache(maxsize=1)

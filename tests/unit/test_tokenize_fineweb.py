@@ -252,6 +252,38 @@ def test_what_cannot_be_a_document_is_counted(folder: Path, tmp_path: Path) -> N
     assert manifest.n_documents["train"] == 2
 
 
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in corpus.texts(60, seed=3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LINES.encode("utf-16"), "begins as UTF-16 or UTF-32 does, and JSON lines are UTF-8"),
+        (LINES.encode("utf-16-be"), "begins as UTF-16 or UTF-32 does"),
+        (LINES.encode("utf-32"), "begins as UTF-16 or UTF-32 does"),
+        (b"text,score\n" * 50, "of its first 50 lines 50 are no JSON object and 0 are not UTF-8"),
+        (json.dumps([{"text": "a"}] * 9, indent=1).encode(), "are no JSON object"),
+        (
+            '{"text": "\xe9t\xe9"}\n'.encode("latin-1") * 50,
+            "of its first 50 lines 0 are no JSON object and 50 are not UTF-8",
+        ),
+    ],
+    ids=["utf-16", "utf-16 without a mark", "utf-32", "csv", "an array", "latin-1"],
+)
+def test_a_file_that_is_not_json_lines_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    """Beside one that is: its documents would have been all that there is, and the exit status 0."""
+    for name in ("tokenizer.json", "b.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "c.jsonl").write_bytes(content)
+    assert prepare(tmp_path, tmp_path / "out", inputs=("b.jsonl", "c.jsonl")) == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path}/c.jsonl: " in error
+    assert message in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_invalid_utf8_in_parquet_costs_one_document(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
