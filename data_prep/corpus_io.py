@@ -96,6 +96,12 @@ class Chunk:
     payload: int | pa.RecordBatch | bytes | None
     fraction: float
     """How much of the source is done after this chunk, 0..1 (an estimate, for progress)."""
+    footer_crc: int = 0
+    """Of parquet: crc32 of the footer, which has the sizes, places and statistics of all in it."""
+
+    def crc(self) -> int:
+        """crc32 of what is in it: of the lines, or the footer's."""
+        return zlib.crc32(self.payload) if isinstance(self.payload, bytes) else self.footer_crc
 
 
 # --------------------------------------------------------------------------- which files
@@ -217,23 +223,47 @@ def reading(path: str) -> Iterator[None]:
 # --------------------------------------------------------------------------- chunks
 
 
-def chunks(number: int, source: Source, columns: list[str], filters: Filters, skip: int = 0) -> Iterator[Chunk]:
-    """The chunks of source number `number` from chunk `skip` on.
+def chunks(
+    number: int, source: Source, columns: list[str], filters: Filters, skip: int = 0, skipped_crc: int | None = None
+) -> Iterator[Chunk]:
+    """The chunks of source number `number` from chunk `skip` on; those before it are `skipped_crc` where that is given.
 
-    Raises InputError for a file that is cut short, is not what its name says, or lacks a column.
+    Raises InputError for a file that is cut short, is not what its name says, lacks a column, or held something else when
+    what is skipped was read.
     """
+    crc = 0
     try:
-        if _kind(source.path) == "parquet":
-            payloads = _parquet_payloads(source.path, columns, filters, skip)
-        else:
-            payloads = _line_payloads(source, skip)
-        at = skip
-        for payload, fraction in payloads:
-            yield Chunk(number, source.path, at, payload, fraction)
-            at += 1
-        yield Chunk(number, source.path, at, None, 1.0)
+        for chunk in _all_chunks(number, source, columns, filters):
+            is_last = chunk.payload is None
+            if chunk.number < skip and not is_last:
+                crc = crc_with(crc, chunk.crc())
+                continue
+            if chunk.number <= skip and skipped_crc not in (None, crc):
+                raise InputError(
+                    f"{source.path}: is not what it was when this job was interrupted, though of the same size, and the "
+                    "beginning of what it was is in the shards. Put that back, or name another --output"
+                )
+            yield chunk
     except (pa.ArrowException, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(unreadable(source.path, error)) from error
+
+
+def crc_with(crc: int, more: int) -> int:
+    """The crc of several chunks, `crc`, and of one more after them."""
+    return zlib.crc32(more.to_bytes(4, "little"), crc)
+
+
+def _all_chunks(number: int, source: Source, columns: list[str], filters: Filters) -> Iterator[Chunk]:
+    n_chunks = 0
+    if _kind(source.path) == "parquet":
+        for payload, fraction, footer_crc in _parquet_payloads(source.path, columns, filters):
+            yield Chunk(number, source.path, n_chunks, payload, fraction, footer_crc)
+            n_chunks += 1
+    else:
+        for lines, fraction in _line_payloads(source):
+            yield Chunk(number, source.path, n_chunks, lines, fraction)
+            n_chunks += 1
+    yield Chunk(number, source.path, n_chunks, None, 1.0)
 
 
 def unreadable(path: str, error: Exception) -> str:
@@ -242,20 +272,23 @@ def unreadable(path: str, error: Exception) -> str:
 
 
 def _parquet_payloads(
-    path: str, columns: list[str], filters: Filters, skip: int
-) -> Iterator[tuple[int | pa.RecordBatch, float]]:
+    path: str, columns: list[str], filters: Filters
+) -> Iterator[tuple[int | pa.RecordBatch, float, int]]:
+    """Numbers of row groups, batches of large ones; each with how much is done, and the crc32 of the file's footer."""
     with reading(path):
-        file = pq.ParquetFile(open_binary(path))
+        raw = open_binary(path)
+        file = pq.ParquetFile(raw)
+        raw.seek(-8, os.SEEK_END)
+        n_bytes = int.from_bytes(raw.read(4), "little")
+        raw.seek(-8 - n_bytes, os.SEEK_END)
+        footer_crc = zlib.crc32(raw.read(n_bytes))
     names = file.schema_arrow.names
     check_columns(path, names, columns[0], filters)
-    at = 0
     for group in range(file.num_row_groups):
         done = (group + 1) / file.num_row_groups
         meta = file.metadata.row_group(group)
         if meta.total_byte_size <= LARGE_GROUP_BYTES:
-            if at >= skip:
-                yield group, done
-            at += 1
+            yield group, done, footer_crc
             continue
         # One worker would need all of it in memory, and the others would wait: the parent streams such a group.
         batches = file.iter_batches(LARGE_GROUP_DOCUMENTS, row_groups=[group], columns=columns)
@@ -264,9 +297,7 @@ def _parquet_payloads(
                 batch = next(batches, None)
             if batch is None:
                 break
-            if at >= skip:
-                yield batch, done
-            at += 1
+            yield batch, done, footer_crc
 
 
 def check_columns(path: str, names: list[str], text_column: str, filters: Filters) -> None:
@@ -278,12 +309,12 @@ def check_columns(path: str, names: list[str], text_column: str, filters: Filter
             raise InputError(f"{path}: {option} needs a column {column!r}; it has {', '.join(names)}")
 
 
-def _line_payloads(source: Source, skip: int) -> Iterator[tuple[bytes, float]]:
+def _line_payloads(source: Source) -> Iterator[tuple[bytes, float]]:
     """Blocks of whole lines, about BLOCK_BYTES each."""
     with open_binary(source.path) as raw:
         stream = _decompressed(source.path, raw)
         parts: list[bytes] = []  # of a line that is longer than a block
-        at, begun = 0, False
+        begun = False
         while True:
             with reading(source.path):
                 block = stream.read(BLOCK_BYTES)
@@ -303,10 +334,8 @@ def _line_payloads(source: Source, skip: int) -> Iterator[tuple[bytes, float]]:
                 continue
             whole = b"".join([*parts, block[:end]])
             parts = [block[end:]] if end < len(block) else []
-            if at >= skip:
-                yield whole, min(1.0, raw.tell() / max(1, source.n_bytes))
-            at += 1
-        if parts and at >= skip:
+            yield whole, min(1.0, raw.tell() / max(1, source.n_bytes))
+        if parts:
             yield b"".join(parts), 1.0
 
 

@@ -48,6 +48,8 @@ class EncodedChunk:
 
     chunk: Chunk
     """Which one; without its payload."""
+    crc: int
+    """Chunk.crc of it with its payload."""
     ids: NDArray[np.unsignedinteger]
     lengths: NDArray[np.int64]
     """Ids of each document, eos included."""
@@ -75,7 +77,7 @@ class Encoder:
         if chunk.payload is None:
             empty = np.empty(0, np.int64)
             digest = sha256_of(chunk.path)
-            return EncodedChunk(done, empty.astype(self._dtype), empty, empty.astype(bool), Counter(), 0, digest)
+            return EncodedChunk(done, 0, empty.astype(self._dtype), empty, empty.astype(bool), Counter(), 0, digest)
         skipped: Counter[str] = Counter()
         parts: list[NDArray[np.unsignedinteger]] = []
         lengths: list[int] = []
@@ -94,7 +96,9 @@ class Encoder:
                 is_val.append(in_val(raw, self._settings.val_fraction))
                 n_bytes += len(raw)
         joined = np.concatenate(parts) if parts else np.empty(0, self._dtype)
-        return EncodedChunk(done, joined, np.array(lengths, np.int64), np.array(is_val, bool), skipped, n_bytes)
+        return EncodedChunk(
+            done, chunk.crc(), joined, np.array(lengths, np.int64), np.array(is_val, bool), skipped, n_bytes
+        )
 
     def _slices(self, texts: Iterable[str], skipped: Counter[str]) -> Iterator[list[tuple[str, bytes]]]:
         """Texts with their bytes, about SLICE_BYTES at a time: what an encoder returns is far larger than the text."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.corpus_io import Chunk, Source, chunks
+from data_prep.corpus_io import Chunk, Source, chunks, crc_with
 from data_prep.encode_worker import EncodedChunk, EncodeSettings, encode_in_order
 from data_prep.prep_job import (
     PROGRESS_FOLDER,
@@ -56,6 +56,8 @@ class Journal:
     source: int = 0
     chunk: int = 0
     """The next chunk: `chunk` of `source` (numbers in this job's list)."""
+    crc: int | None = None
+    """Of the chunks of `source` before it (corpus_io.crc_with); None in a journal of earlier code."""
     splits: dict[str, Any] | None = None
     skipped: dict[str, int] | None = None
     per_source: list[dict[str, Any]] | None = None
@@ -130,7 +132,7 @@ class Preparation:
             return self._run(self._layout(tokenizer), mine, fingerprint)
 
     def _run(self, layout: ShardLayout, mine: list[Source], fingerprint: dict[str, Any]) -> int:
-        journal = _read_journal(self.output, self.part) or Journal(settings=fingerprint)
+        journal = _read_journal(self.output, self.part) or Journal(settings=fingerprint, crc=0)
         check_settings(self.output, journal.settings, fingerprint)
         commit = git_commit()
         if journal.done:
@@ -203,6 +205,8 @@ class Preparation:
                     record["sha256"] = piece.source_sha256 or record["sha256"]
                     done = before[piece.chunk.source] + piece.chunk.fraction * mine[piece.chunk.source].n_bytes
                     progress.update(done, n_made=_n_tokens(writers), n_skipped=skipped.total())
+                    before_it = journal.crc if piece.chunk.source == journal.source else 0
+                    journal.crc = None if before_it is None else crc_with(before_it, piece.crc)
                     journal.source, journal.chunk = piece.chunk.source, piece.chunk.number + 1
                     if full:
                         break
@@ -219,10 +223,10 @@ class Preparation:
 
     def _chunks(self, mine: list[Source], journal: Journal) -> Iterator[Chunk]:
         columns = [self.settings.text_column, *self.settings.filters.columns()]
-        first_source, first_chunk = journal.source, journal.chunk
+        first_source, first_chunk, first_crc = journal.source, journal.chunk, journal.crc
         for number in range(first_source, len(mine)):
-            skip = first_chunk if number == first_source else 0
-            yield from chunks(number, mine[number], columns, self.settings.filters, skip)
+            skip, crc = (first_chunk, first_crc) if number == first_source else (0, 0)
+            yield from chunks(number, mine[number], columns, self.settings.filters, skip, crc)
 
     def _token_budget(self) -> int:
         """This job's share of --max-tokens; 0 means all."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from streaming import MDSWriter, StreamingDataset
@@ -287,8 +288,6 @@ def test_a_file_that_is_not_json_lines_is_named(
 def test_invalid_utf8_in_parquet_costs_one_document(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import pyarrow as pa
-
     binary = pa.array([b"good", b"\xff\xfe bad", None, b"fine"], pa.binary())
     pq.write_table(pa.table({"text": binary.view(pa.string())}), tmp_path / "u.parquet")
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
@@ -473,6 +472,48 @@ def test_a_full_disk_keeps_nothing_half_written(
     assert not (tmp_path / "out" / "manifest.json").exists()
     monkeypatch.undo()
     assert prepare(folder, tmp_path / "out") == 0
+    assert corpus.tree(tmp_path / "out") == corpus.tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_that_changed_in_the_middle_of_it_is_not_resumed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Rewritten in place, at the same size: shards would have the beginning of one and the rest of another."""
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    monkeypatch.setattr(corpus_io, "BLOCK_BYTES", 2000)
+    path = tmp_path / f"a.{kind}"
+
+    def write(last_word: str) -> None:
+        documents = [f"{text} {last_word}" for text in corpus.texts(60)]
+        if kind == "jsonl":
+            corpus.write_jsonl(path, documents)
+        else:
+            table = pa.table({"text": documents})
+            pq.write_table(table, path, row_group_size=5, compression="none", use_dictionary=False)
+
+    write("one")
+    assert prepare(tmp_path, tmp_path / "whole", inputs=(path.name,)) == 0
+    n_bytes = path.stat().st_size
+    real, n_left = shard_writer.os.replace, [15]
+
+    def full_after_some(source: Any, target: Any) -> None:
+        n_left[0] -= 1
+        if n_left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(shard_writer.os, "replace", full_after_some)
+    assert prepare(tmp_path, tmp_path / "out", inputs=(path.name,)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "out" / "train" / "shard.00001.mds").exists()
+    monkeypatch.setattr(shard_writer.os, "replace", real)
+    write("two")
+    assert path.stat().st_size == n_bytes
+    assert prepare(tmp_path, tmp_path / "out", inputs=(path.name,)) == 2
+    assert f"error: {path}: is not what it was when this job was interrupted" in capsys.readouterr().err
+    write("one")
+    assert prepare(tmp_path, tmp_path / "out", inputs=(path.name,)) == 0
     assert corpus.tree(tmp_path / "out") == corpus.tree(tmp_path / "whole")
 
 
