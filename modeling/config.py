@@ -11,6 +11,8 @@ from modeling import nesting
 VOCAB_MULTIPLE = 128
 """Embedding rows are padded to a multiple of this, whatever tp is, so that checkpoints do not depend on tp."""
 NormKind = Literal["rms", "layer"]
+CROP_RATIO = 0.875
+"""Side of the central square that a classifier is shown over the short side of the image, where nothing else is said."""
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
 CHANNEL_STD = (0.229, 0.224, 0.225)
 """Of ImageNet's pixels in 0..1: torchvision's and the reference's constants. Images are normalised by them."""

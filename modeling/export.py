@@ -36,10 +36,18 @@ from tokenizers import Tokenizer
 
 from modeling import nesting
 from modeling.checkpoint_reader import WEIGHTS, WEIGHTS_HELP, CheckpointError, Reader
-from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
+from modeling.config import CROP_RATIO, BackboneConfig, LanguageConfig, VisionConfig
 from modeling.convert import StateDict, cut, cut_mix, to_hf, to_mamba_ssm
 from modeling.export_vision import classes_of, write_matmamba_vision, write_timm
-from modeling.model_folder import CONFIG_NAME, ModelFolderError, load_model, save_model, written_whole
+from modeling.model_folder import (
+    CONFIG_NAME,
+    ImageUse,
+    ModelFolderError,
+    load_model,
+    read_images,
+    save_model,
+    written_whole,
+)
 from modeling.search import read_widths
 from modeling.text import TIKTOKEN, open_text
 
@@ -55,7 +63,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, BackboneConfig, dict[str, Any]]:
-    """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and what its data was.
+    """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and what is known of its data:
+    `data` of the run's config, or as much of it as a model folder keeps.
 
     `weights` is one of checkpoint_reader.WEIGHTS. Raises CheckpointError, or ModelFolderError also where the folder holds a part that was cut out.
     """
@@ -67,7 +76,11 @@ def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, Backb
                 f"{folder} holds a part that was cut out ({heads} of {model.cfg.n_heads}h), which has this format alone: "
                 f"export --width {heads} of the run or the whole model that it came from"
             )
-        return {name: p.detach() for name, p in model.named_parameters()}, model.cfg, {}
+        data: dict[str, Any] = {}
+        if isinstance(model.cfg, VisionConfig):
+            images = read_images(folder, model.cfg.n_classes)
+            data = {"eval_crop_ratio": images.crop_ratio, "classes": images.classes}
+        return {name: p.detach() for name, p in model.named_parameters()}, model.cfg, data
     if not (folder / "manifest.json").exists():
         latest = folder / "checkpoints" / "latest"
         if not latest.exists():
@@ -100,11 +113,11 @@ def export(
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None,
-    crop_ratio: float = 0.875,
-    classes: list[str] | None = None,
+    images: ImageUse | None = None,
 ) -> None:
     """Write the submodel `widths` of a whole model into `folder` (new or empty) in the format `target`; whole or not at all.
 
+    `tokenizer` is put beside a language model, `images` said of a classifier where the format has words for it.
     Raises ValueError where the format cannot hold the submodel, FileExistsError where the folder has something in it.
     """
     if target not in FORMATS[type(cfg)]:
@@ -112,14 +125,17 @@ def export(
         raise ValueError(f"format {target!r}: {kind}'s must be one of {', '.join(FORMATS[type(cfg)])}")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder")
+    if images is None and isinstance(cfg, VisionConfig):
+        images = ImageUse()
     with written_whole(folder) as work:
         whole = widths == nesting.uniform(cfg.n_heads, cfg.n_layers)
         if target in ("matmamba", "remote_code", "timm"):
             part = _cast(state if whole else cut_mix(state, cfg, widths), dtype)
             if target == "matmamba":
-                save_model(work, part, cfg, widths)
+                save_model(work, part, cfg, widths, images)
             elif isinstance(cfg, VisionConfig):
-                write_timm(work, part, cfg, widths, crop_ratio=crop_ratio, classes=classes)
+                assert images is not None
+                write_timm(work, part, cfg, widths, images)
             else:
                 assert isinstance(cfg, LanguageConfig)
                 _write_remote_code(work, part, cfg, widths, dtype)
@@ -283,10 +299,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(cfg, VisionConfig):
             if args.tokenizer is not None:
                 raise ValueError("--tokenizer: an image classifier has none")
-            about = {
-                "crop_ratio": float(data.get("eval_crop_ratio", 0.875)),
-                "classes": classes_of(data.get("path", "")),
-            }
+            classes = data.get("classes") or classes_of(data.get("path", ""), cfg.n_classes)
+            about = {"images": ImageUse(crop_ratio=float(data.get("eval_crop_ratio", CROP_RATIO)), classes=classes)}
         else:
             named = str(data.get("tokenizer", ""))
             tokenizer = args.tokenizer or (Path(named) if Path(named).is_file() else None)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from modeling import nesting
 from modeling.config import CHANNEL_MEAN, CHANNEL_STD, VisionConfig
 from modeling.convert import StateDict, to_matmamba_vision
+from modeling.model_folder import ImageUse
 
 TIMM_CODE = Path(__file__).parent / "remote_code" / "matmamba_vision.py"
 """The model that a timm folder carries with it."""
@@ -50,15 +51,13 @@ def write_timm(
     state: StateDict,
     cfg: VisionConfig,
     widths: nesting.LayerWidths,
-    *,
-    crop_ratio: float,
-    classes: list[str] | None,
+    images: ImageUse,
 ) -> None:
     """model.safetensors, config.json in timm's words, and the file that runs them; `state` is cut to `widths`."""
     shown: dict[str, Any] = {
         "input_size": [3, cfg.image_size, cfg.image_size],
         "fixed_input_size": False,
-        "crop_pct": crop_ratio,
+        "crop_pct": images.crop_ratio,
         "crop_mode": "center",
         "interpolation": "bilinear",
         "mean": list(CHANNEL_MEAN),
@@ -67,8 +66,8 @@ def write_timm(
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    if classes is not None:
-        shown["label_names"] = classes
+    if images.classes is not None:
+        shown["label_names"] = images.classes
     pool = "token" if cfg.pool == "cls" else "avg"
     about = {
         "architecture": "matmamba_vision",
@@ -134,10 +133,10 @@ def write_matmamba_vision(folder: Path, state: StateDict, cfg: VisionConfig) -> 
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def classes_of(dataset: str) -> list[str] | None:
-    """Names of the classes, of an image dataset that is there; None where it is not, or names none."""
+def classes_of(dataset: str, n_classes: int) -> list[str] | None:
+    """Names of the classes, of an image dataset that is there; None where it is not, or does not name that many."""
     try:
         named = json.loads((Path(dataset) / "manifest.json").read_text())["classes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return [str(name) for name in named] if isinstance(named, list) else None
+    return [str(name) for name in named] if isinstance(named, list) and len(named) == n_classes else None

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modeling import nesting
 from modeling.backbone import Backbone
-from modeling.config import BackboneConfig, LanguageConfig, VisionConfig
+from modeling.config import CROP_RATIO, BackboneConfig, LanguageConfig, VisionConfig
 from modeling.language import LanguageModel
 from modeling.models import build_model
 
@@ -53,18 +53,44 @@ def written_whole(folder: Path) -> Iterator[Path]:
         work.rename(folder)
 
 
-def write_config(folder: Path, cfg: BackboneConfig, held: nesting.LayerWidths) -> None:
-    """Write config.json of a model whose layers hold `held` heads."""
+@dataclass(frozen=True, kw_only=True)
+class ImageUse:
+    """What a classifier's images and outputs are, beyond its sizes."""
+
+    crop_ratio: float = CROP_RATIO
+    """Side of the central square that it is shown over the short side of the image."""
+    classes: list[str] | None = None
+    """Names of its outputs, where they are known."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.crop_ratio, float | int) or not 0 < self.crop_ratio <= 1:
+            raise ValueError(f"crop_ratio={self.crop_ratio!r}: must lie above 0 and at most at 1")
+        if self.classes is not None and not (
+            isinstance(self.classes, list) and all(isinstance(name, str) for name in self.classes)
+        ):
+            raise ValueError("classes is no list of names")
+
+
+def write_config(folder: Path, cfg: BackboneConfig, held: nesting.LayerWidths, images: ImageUse | None = None) -> None:
+    """Write config.json of a model whose layers hold `held` heads; `images` is of a classifier."""
     name = next(name for name, kind in FORMATS.items() if isinstance(cfg, kind))
     about = {"format": name, "version": VERSION, "layer_heads": list(held), "model": asdict(cfg)}
+    if images is not None:
+        about["images"] = asdict(images)
     (folder / CONFIG_NAME).write_text(json.dumps(about, indent=1) + "\n")
 
 
-def save_model(folder: Path, state: Mapping[str, Tensor], cfg: BackboneConfig, held: nesting.LayerWidths) -> None:
-    """Write the model whose parameters (logical names, cut to `held`) are `state`."""
+def save_model(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    cfg: BackboneConfig,
+    held: nesting.LayerWidths,
+    images: ImageUse | None = None,
+) -> None:
+    """Write the model whose parameters (logical names, cut to `held`) are `state`; `images` is of a classifier."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
-    write_config(folder, cfg, held)
+    write_config(folder, cfg, held, images)
 
 
 def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
@@ -90,6 +116,18 @@ def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFolderError(f"{path} does not describe a model: {error}") from None
     return cfg, held
+
+
+def read_images(folder: Path, n_classes: int) -> ImageUse:
+    """What config.json of a classifier says of its images; the defaults where it is of earlier code. Raises ModelFolderError."""
+    path = folder / CONFIG_NAME
+    try:
+        images = ImageUse(**json.loads(path.read_text()).get("images", {}))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelFolderError(f"{path}: images: {error}") from None
+    if images.classes is not None and len(images.classes) != n_classes:
+        raise ModelFolderError(f"{path}: images has {len(images.classes)} names of {n_classes} classes")
+    return images
 
 
 def load_language_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:

@@ -21,12 +21,13 @@ from modeling.config import VisionConfig
 from modeling.convert import from_matmamba_vision
 from modeling.export import export, main, read_state
 from modeling.import_model import main as import_model
-from modeling.model_folder import ModelFolderError, load_language_model, load_model, save_model
+from modeling.model_folder import ImageUse, ModelFolderError, load_language_model, load_model, save_model
 from modeling.open_model import open_model
 from modeling.vision import VisionModel
 from tests.parity.test_vision import CFG, VARIANTS, model_of, relative, some_images
 
 TOLERANCE = 1e-5
+NAMES = [f"class {i}" for i in range(10)]
 WIDTHS = {"1": (8, 8), "1/4": (2, 2), "1h": (1, 1), "1,1/2": (8, 4), "3h,1/8": (3, 1)}
 ALONE = """
 import json, sys, torch
@@ -69,7 +70,7 @@ def carried() -> ModuleType:
 
 def test_it_loads_where_this_project_is_not(tmp_path: Path) -> None:
     model, images = model_of(), some_images()
-    export(state_of(model), CFG, (8, 8), "timm", tmp_path / "whole", classes=[f"class {i}" for i in range(10)])
+    export(state_of(model), CFG, (8, 8), "timm", tmp_path / "whole", images=ImageUse(classes=NAMES))
     torch.save(images, tmp_path / "images.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     arguments = [
@@ -154,7 +155,7 @@ def test_timm_creates_and_fine_tunes_it(carried: ModuleType, tmp_path: Path) -> 
     from timm.optim import create_optimizer_v2
 
     model, images = model_of(), some_images()
-    export(state_of(model), CFG, (8, 2), "timm", tmp_path / "mix", crop_ratio=0.9)
+    export(state_of(model), CFG, (8, 2), "timm", tmp_path / "mix", images=ImageUse(crop_ratio=0.9))
     theirs = timm.create_model(f"local-dir:{tmp_path / 'mix'}", pretrained=True).eval()
     with torch.no_grad():
         assert relative(theirs(images), in_place(model, images, (8, 2))) < TOLERANCE
@@ -235,11 +236,40 @@ def test_the_command_line_says_which_formats_there_are(tmp_path: Path, capsys: p
     assert (tmp_path / "out" / "matmamba_vision.py").read_bytes() == export_vision.TIMM_CODE.read_bytes()
 
 
+def test_a_folder_of_ours_keeps_what_its_images_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported to our format and from there to timm's, as from the run at once."""
+    own, again = tmp_path / "own", tmp_path / "again"
+    export(state_of(model_of()), CFG, (8, 8), "matmamba", own, images=ImageUse(crop_ratio=0.95, classes=NAMES))
+    assert main([str(own), "--format", "matmamba", "-o", str(again)]) == 0
+    assert main([str(again), "--format", "timm", "--width", "1/2", "-o", str(tmp_path / "timm")]) == 0
+    shown = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    assert (shown["crop_pct"], shown["label_names"]) == (0.95, NAMES)
+    about = json.loads((own / "config.json").read_text())
+    for images, message in (
+        ({"crop_ratio": 7.0}, "crop_ratio=7.0: must lie above 0"),
+        ({"crop_ratio": "1"}, "crop_ratio='1'"),
+        ({"classes": NAMES[:3]}, "images has 3 names of 10 classes"),
+        ({"classes": [1] * 10}, "no list of names"),
+        ({"run": "rm"}, "run"),
+        ([], "images"),
+    ):
+        (own / "config.json").write_text(json.dumps({**about, "images": images}))
+        assert main([str(own), "--format", "timm", "-o", str(tmp_path / "none")]) == 2
+        assert message in capsys.readouterr().err
+    del about["images"]  # as of earlier code
+    (own / "config.json").write_text(json.dumps(about))
+    assert main([str(own), "--format", "timm", "-o", str(tmp_path / "early")]) == 0
+    shown = json.loads((tmp_path / "early" / "config.json").read_text())["pretrained_cfg"]
+    assert shown["crop_pct"] == 0.875
+    assert "label_names" not in shown
+
+
 def test_class_names_come_from_the_dataset_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
-    assert export_vision.classes_of(str(tmp_path)) == ["cat", "dog"]
-    assert export_vision.classes_of(str(tmp_path / "absent")) is None
+    assert export_vision.classes_of(str(tmp_path), 2) == ["cat", "dog"]
+    assert export_vision.classes_of(str(tmp_path), 3) is None, "the folder holds another dataset now"
+    assert export_vision.classes_of(str(tmp_path / "absent"), 2) is None
     broken: Any = [{"classes": 3}, [], {}]
     for content in broken:
         (tmp_path / "manifest.json").write_text(json.dumps(content))
-        assert export_vision.classes_of(str(tmp_path)) is None
+        assert export_vision.classes_of(str(tmp_path), 2) is None
