@@ -46,6 +46,7 @@ from modeling.model_folder import (
     load_model,
     read_images,
     save_model,
+    tokenizer_beside,
     written_whole,
 )
 from modeling.search import read_widths
@@ -76,7 +77,7 @@ def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, Backb
                 f"{folder} holds a part that was cut out ({heads} of {model.cfg.n_heads}h), which has this format alone: "
                 f"export --width {heads} of the run or the whole model that it came from"
             )
-        data: dict[str, Any] = {}
+        data: dict[str, Any] = {"tokenizer": tokenizer_beside(folder)}
         if isinstance(model.cfg, VisionConfig):
             images = read_images(folder, model.cfg.n_classes)
             data = {"eval_crop_ratio": images.crop_ratio, "classes": images.classes}
@@ -286,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="new folder")
     parser.add_argument(
-        "--tokenizer", type=Path, help="file to put beside the model; default: the run's, if it is a file"
+        "--tokenizer",
+        type=Path,
+        help="file to put beside the model; default: the run's, if it is a file, or the folder's",
     )
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help=WEIGHTS_HELP)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the matrices; vectors stay float32")

@@ -118,6 +118,12 @@ def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
     return cfg, held
 
 
+def tokenizer_beside(folder: Path) -> str:
+    """The tokenizer file in a model's folder, empty where there is none."""
+    files = [folder / "tokenizer.json", *sorted(folder.glob("*.model"))]
+    return next((str(file) for file in files if file.is_file()), "")
+
+
 def read_images(folder: Path, n_classes: int) -> ImageUse:
     """What config.json of a classifier says of its images; the defaults where it is of earlier code. Raises ModelFolderError."""
     path = folder / CONFIG_NAME

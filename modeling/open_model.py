@@ -11,7 +11,7 @@ from modeling.config import LanguageConfig
 from modeling.export import read_state
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
-from modeling.model_folder import CONFIG_NAME, load_language_model
+from modeling.model_folder import CONFIG_NAME, load_language_model, tokenizer_beside
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,7 +45,7 @@ def open_model(
             f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs, use one of them or cpu"
         )
     if (path / CONFIG_NAME).exists():
-        model, tokenizer = load_language_model(path), _beside(path)
+        model, tokenizer = load_language_model(path), tokenizer_beside(path)
     else:
         state, cfg, data = read_state(path)
         tokenizer = str(data.get("tokenizer", ""))
@@ -56,8 +56,3 @@ def open_model(
         model.load_state_dict(state, assign=True)
     chosen = torch.bfloat16 if dtype is None and device.startswith("cuda") else DTYPES[dtype or "fp32"]
     return Opened(InferenceModel(model, dtype=chosen, device=device, state_dtype=state_dtype), tokenizer)
-
-
-def _beside(folder: Path) -> str:
-    files = [folder / "tokenizer.json", *sorted(folder.glob("*.model"))]
-    return next((str(file) for file in files if file.is_file()), "")

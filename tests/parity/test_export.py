@@ -134,6 +134,12 @@ def test_command_line_puts_the_tokenizer_beside_the_model(
     assert (about["num_heads"], about["eos_token_id"]) == (2, 0)
     assert AutoTokenizer.from_pretrained(quarter)(SENTENCE).input_ids == tokenizer.encode(SENTENCE).ids
 
+    ours = tmp_path / "ours"
+    assert main([*arguments[:3], "--format", "matmamba", *arguments[5:], "-o", str(ours), "--width", "1"]) == 0
+    assert main([str(ours), "--width", "1/4", "--format", "hf", "-o", str(tmp_path / "onward")]) == 0
+    onward = {path.name for path in (tmp_path / "onward").iterdir()}
+    assert onward == names, "the tokenizer goes on with the model that it stands beside"
+
     export(state, CFG, CFG.layer_widths(8), "matmamba", tmp_path / "small")
     arguments[0] = str(tmp_path / "small")
     assert "note: no tokenizer" not in capsys.readouterr().out
