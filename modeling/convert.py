@@ -21,35 +21,48 @@ StateDict = dict[str, Tensor]
 Config = TypeVar("Config", bound=BackboneConfig)
 
 
-def cut(state: Mapping[str, Tensor], cfg: Config, n_heads: int) -> tuple[StateDict, Config]:
+def cut(
+    state: Mapping[str, Tensor], cfg: Config, n_heads: int, held: nesting.LayerWidths | None = None
+) -> tuple[StateDict, Config]:
     """The standalone model of the first `n_heads` heads of every layer: its logical state dict and its config.
 
-    It has one width, its own full one, and computes what the nested model computes in place at `n_heads`. Tensors are
+    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. What comes out has one width, its own full one, and computes what the nested model computes in place at `n_heads`. Tensors are
     copies. Raises ValueError where the width or the state dict does not fit `cfg`.
     """
-    nesting.parse_width(n_heads, cfg.n_heads)
-    check_state(state, cfg)
+    nesting.check_layer_widths(cfg.layer_widths(n_heads), cfg.n_heads, cfg.n_layers, 1, held)
+    check_state(state, cfg, held)
     small = replace(cfg, n_heads=n_heads, widths=(n_heads,))
     shapes = logical_shapes(small)
     part = {name: tensor[tuple(slice(size) for size in shapes[name])].clone() for name, tensor in state.items()}
     return part, small
 
 
-def cut_mix(state: Mapping[str, Tensor], cfg: BackboneConfig, widths: nesting.LayerWidths) -> StateDict:
+def cut_mix(
+    state: Mapping[str, Tensor],
+    cfg: BackboneConfig,
+    widths: nesting.LayerWidths,
+    held: nesting.LayerWidths | None = None,
+) -> StateDict:
     """The parameters that the submodel `widths` (heads of each layer) uses, for a model with `held=widths`.
 
-    Raises ValueError where the widths or the state dict do not fit `cfg`.
+    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. Raises ValueError where the widths or the state dict do not fit `cfg`.
     """
-    nesting.check_layer_widths(widths, cfg.n_heads, cfg.n_layers, 1)
-    check_state(state, cfg)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in build_model(cfg, held=widths).named_parameters()}
+    nesting.check_layer_widths(widths, cfg.n_heads, cfg.n_layers, 1, held)
+    check_state(state, cfg, held)
+    shapes = _held_shapes(cfg, widths)
     return {name: tensor[tuple(slice(size) for size in shapes[name])].clone() for name, tensor in state.items()}
 
 
-def check_state(state: Mapping[str, Tensor], cfg: BackboneConfig) -> None:
-    """Raise ValueError, naming the parameter, unless `state` holds exactly the whole model's parameters."""
-    _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, logical_shapes(cfg))
+def check_state(state: Mapping[str, Tensor], cfg: BackboneConfig, held: nesting.LayerWidths | None = None) -> None:
+    """Raise ValueError, naming the parameter, unless `state` is exactly the model's parameters: the whole one's, or what
+    is left of it where its layers were cut to `held` heads."""
+    expected = logical_shapes(cfg) if held is None else _held_shapes(cfg, held)
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected)
+
+
+def _held_shapes(cfg: BackboneConfig, held: nesting.LayerWidths) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in build_model(cfg, held=held).named_parameters()}
 
 
 def from_mamba_ssm(state: Mapping[str, Tensor], cfg: LanguageConfig) -> StateDict:

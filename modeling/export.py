@@ -2,7 +2,8 @@
 
     python -m modeling.export CHECKPOINT --width 1/4 --format hf -o DIR [--tokenizer FILE] [--dtype bf16]
 
-CHECKPOINT is a run's folder (its newest checkpoint), one checkpoint, or a folder in our own format.
+CHECKPOINT is a run's folder (its newest checkpoint), one checkpoint, or a folder in our own format, also of what was cut out or
+calibrated.
 
 | format | what loads it | widths |
 |---|---|---|
@@ -26,7 +27,7 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from modeling.export_vision import classes_of, write_matmamba_vision, write_timm
 from modeling.model_folder import (
     CONFIG_NAME,
     ImageUse,
-    ModelFolderError,
     load_model,
     read_images,
     save_model,
@@ -63,25 +63,31 @@ KINDS_OF_MODEL: dict[str, type[BackboneConfig]] = {"language": LanguageConfig, "
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, BackboneConfig, dict[str, Any]]:
-    """Logical parameters (float32, CPU) and config of a run, a checkpoint or a model folder, and what is known of its data:
-    `data` of the run's config, or as much of it as a model folder keeps.
+@dataclass(frozen=True)
+class Source:
+    """A model to export or to open."""
 
-    `weights` is one of checkpoint_reader.WEIGHTS. Raises CheckpointError, or ModelFolderError also where the folder holds a part that was cut out.
+    state: StateDict
+    """Logical parameters, float32, on the CPU."""
+    cfg: BackboneConfig
+    held: nesting.LayerWidths
+    """Heads of each layer: all of them, or what is left of a model that was cut out, or calibrated."""
+    data: dict[str, Any]
+    """What is known of its data: `data` of the run's config, or as much of it as a model folder keeps."""
+
+
+def read_source(folder: Path, *, weights: str = "auto") -> Source:
+    """The model of a run, a checkpoint or a model folder.
+
+    `weights` is one of checkpoint_reader.WEIGHTS. Raises CheckpointError or ModelFolderError.
     """
     if (folder / CONFIG_NAME).exists():
         model = load_model(folder)
-        if len(set(model.held)) > 1 or model.held[0] != model.cfg.n_heads:
-            heads = ",".join(f"{n}h" for n in (model.held if len(set(model.held)) > 1 else model.held[:1]))
-            raise ModelFolderError(
-                f"{folder} holds a part that was cut out ({heads} of {model.cfg.n_heads}h), which has this format alone: "
-                f"export --width {heads} of the run or the whole model that it came from"
-            )
         data: dict[str, Any] = {"tokenizer": tokenizer_beside(folder)}
         if isinstance(model.cfg, VisionConfig):
             images = read_images(folder, model.cfg.n_classes)
             data = {"eval_crop_ratio": images.crop_ratio, "classes": images.classes}
-        return {name: p.detach() for name, p in model.named_parameters()}, model.cfg, data
+        return Source({name: p.detach() for name, p in model.named_parameters()}, model.cfg, model.held, data)
     if not (folder / "manifest.json").exists():
         latest = folder / "checkpoints" / "latest"
         if not latest.exists():
@@ -102,7 +108,7 @@ def read_state(folder: Path, *, weights: str = "auto") -> tuple[StateDict, Backb
         raise CheckpointError(f"{folder / 'manifest.json'}: its config describes no model ({error})") from None
     reader.verify()
     reader.check_model(cfg)
-    return dict(reader.weights(cfg.n_heads, weights)), cfg, data
+    return Source(dict(reader.weights(cfg.n_heads, weights)), cfg, nesting.uniform(cfg.n_heads, cfg.n_layers), data)
 
 
 def export(
@@ -112,13 +118,14 @@ def export(
     target: str,
     folder: Path,
     *,
+    held: nesting.LayerWidths | None = None,
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None,
     images: ImageUse | None = None,
 ) -> None:
-    """Write the submodel `widths` of a whole model into `folder` (new or empty) in the format `target`; whole or not at all.
+    """Write the submodel `widths` of a model into `folder` (new or empty) in the format `target`; whole or not at all.
 
-    `tokenizer` is put beside a language model, `images` said of a classifier where the format has words for it.
+    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. `tokenizer` is put beside a language model, `images` said of a classifier where the format has words for it.
     Raises ValueError where the format cannot hold the submodel, FileExistsError where the folder has something in it.
     """
     if target not in FORMATS[type(cfg)]:
@@ -129,9 +136,9 @@ def export(
     if images is None and isinstance(cfg, VisionConfig):
         images = ImageUse()
     with written_whole(folder) as work:
-        whole = widths == nesting.uniform(cfg.n_heads, cfg.n_layers)
+        whole = nesting.uniform(cfg.n_heads, cfg.n_layers)
         if target in ("matmamba", "remote_code", "timm"):
-            part = _cast(state if whole else cut_mix(state, cfg, widths), dtype)
+            part = _cast(state if widths == (held or whole) else cut_mix(state, cfg, widths, held), dtype)
             if target == "matmamba":
                 save_model(work, part, cfg, widths, images)
             elif isinstance(cfg, VisionConfig):
@@ -141,9 +148,10 @@ def export(
                 assert isinstance(cfg, LanguageConfig)
                 _write_remote_code(work, part, cfg, widths, dtype)
         elif isinstance(cfg, VisionConfig):
-            if not whole:
+            if widths != whole:
                 raise ValueError(
-                    f"format {target} holds the whole nested model, whose widths that code picks itself: leave --width out"
+                    f"format {target} holds the whole nested model, whose widths that code picks itself: leave --width out, or "
+                    "use --format timm or matmamba for what was cut out"
                 )
             write_matmamba_vision(work, _cast(state, dtype), cfg)
         else:
@@ -153,7 +161,7 @@ def export(
                     f"format {target} has one number of heads for all layers, this mix has {sorted(set(widths))}: use "
                     "--format matmamba or remote_code"
                 )
-            part, small = cut(state, cfg, widths[0])
+            part, small = cut(state, cfg, widths[0], held)
             (_write_hf if target == "hf" else _write_mamba_ssm)(work, part, small, dtype)
         if tokenizer is not None:
             assert isinstance(cfg, LanguageConfig)
@@ -281,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m modeling.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="a run, a checkpoint, or a folder in our format")
-    parser.add_argument("--width", default="1", help="1, 1/4, 16h, or one for each layer: 1,1/2,...")
+    parser.add_argument(
+        "--width", help="1, 1/4, 16h, or one for each layer: 1,1/2,...; default: all that the model holds"
+    )
     parser.add_argument(
         "--format", required=True, choices=sorted({name for names in FORMATS.values() for name in names})
     )
@@ -296,8 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     lacks_tokenizer = ""
     try:
-        state, cfg, data = read_state(args.checkpoint, weights=args.weights)
-        widths = read_widths(args.width, cfg.n_heads, cfg.n_layers)
+        source = read_source(args.checkpoint, weights=args.weights)
+        cfg, data, widths = source.cfg, source.data, source.held
+        if args.width is not None:
+            widths = read_widths(args.width, cfg.n_heads, cfg.n_layers)
         about: dict[str, Any]
         if isinstance(cfg, VisionConfig):
             if args.tokenizer is not None:
@@ -312,7 +324,8 @@ def main(argv: list[str] | None = None) -> int:
             if tokenizer is None:
                 lacks_tokenizer = f"{named} of the run is no file here" if named else f"{args.checkpoint} names none"
             about = {"tokenizer": tokenizer}
-        export(state, cfg, widths, args.format, args.output, dtype=DTYPES[args.dtype], **about)
+        about |= {"held": source.held, "dtype": DTYPES[args.dtype]}
+        export(source.state, cfg, widths, args.format, args.output, **about)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

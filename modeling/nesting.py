@@ -89,8 +89,13 @@ def check_widths(widths: Sequence[int], n_heads: int) -> None:
         raise ValueError(f"widths {list(widths)}: the first must be the full width, n_heads={n_heads}")
 
 
-def check_layer_widths(widths: Sequence[int], n_heads: int, n_layers: int, tp: int) -> None:
-    """Raise ValueError unless `widths` is one head count for each layer, each a multiple of `tp` in 1..n_heads."""
+def check_layer_widths(
+    widths: Sequence[int], n_heads: int, n_layers: int, tp: int, held: LayerWidths | None = None
+) -> None:
+    """Raise ValueError unless `widths` is one head count for each layer, each a multiple of `tp` in 1..n_heads.
+
+    `held` are the heads that the layers of a model that was cut out still have: no width may be wider.
+    """
     if len(widths) != n_layers:
         raise ValueError(f"{len(widths)} widths for {n_layers} layers: give one head count for each layer")
     for layer, width in enumerate(widths):
@@ -99,6 +104,8 @@ def check_layer_widths(widths: Sequence[int], n_heads: int, n_layers: int, tp: i
                 f"layer {layer}: width {width} of n_heads={n_heads} is not a head count from 1 to {n_heads}"
             )
         local_heads(width, tp)
+        if held is not None and width > held[layer]:
+            raise ValueError(f"layer {layer}: width {width}, but this model was cut to {held[layer]} heads there")
 
 
 def allowed_tp(counts: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from modeling.config import LanguageConfig
-from modeling.export import read_state
+from modeling.export import read_source
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.model_folder import CONFIG_NAME, load_language_model, tokenizer_beside
@@ -47,12 +47,12 @@ def open_model(
     if (path / CONFIG_NAME).exists():
         model, tokenizer = load_language_model(path), tokenizer_beside(path)
     else:
-        state, cfg, data = read_state(path)
-        tokenizer = str(data.get("tokenizer", ""))
-        if not isinstance(cfg, LanguageConfig):
+        source = read_source(path)
+        tokenizer = str(source.data.get("tokenizer", ""))
+        if not isinstance(source.cfg, LanguageConfig):
             raise ValueError(f"{path} is an image classifier: only language models are opened to generate text")
         with torch.device("meta"):
-            model = LanguageModel(cfg)
-        model.load_state_dict(state, assign=True)
+            model = LanguageModel(source.cfg)
+        model.load_state_dict(source.state, assign=True)
     chosen = torch.bfloat16 if dtype is None and device.startswith("cuda") else DTYPES[dtype or "fp32"]
     return Opened(InferenceModel(model, dtype=chosen, device=device, state_dtype=state_dtype), tokenizer)

@@ -14,9 +14,10 @@ from modeling import export as export_module
 from modeling import nesting
 from modeling.checkpoint_reader import CheckpointError
 from modeling.config import LanguageConfig
-from modeling.export import export, main, read_state
+from modeling.convert import cut_mix
+from modeling.export import export, main, read_source
 from modeling.language import LanguageModel
-from modeling.model_folder import ModelFolderError, load_model
+from modeling.model_folder import ModelFolderError, load_model, save_model
 from tests.parity import oracles
 from tests.parity.test_generate_cli import SENTENCE, write_tokenizer
 
@@ -94,14 +95,46 @@ def test_our_format_holds_any_mix_bit_exactly(
     assert sum(p.numel() for p in loaded.parameters()) <= sum(p.numel() for p in model.parameters())
 
 
-def test_a_cut_model_refuses_what_it_does_not_hold(state: dict[str, Tensor], tokens_bt: Tensor, tmp_path: Path) -> None:
+def test_a_cut_model_refuses_what_it_does_not_hold(
+    state: dict[str, Tensor], tokens_bt: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     export(state, CFG, (4, 2, 4), "matmamba", tmp_path / "mix")
     mix = load_model(tmp_path / "mix")
     mix(tokens_bt, (4, 1, 2))
     with pytest.raises(ValueError, match="layer 1: width 4, but this model was cut to 2 heads"):
         mix(tokens_bt, (4, 4, 4))
-    with pytest.raises(ModelFolderError, match=r"holds a part that was cut out .*export --width"):
-        read_state(tmp_path / "mix")
+    assert main([str(tmp_path / "mix"), "--format", "matmamba", "--width", "1/2", "-o", str(tmp_path / "wider")]) == 2
+    assert "layer 1: width 4, but this model was cut to 2 heads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("held", [(4, 4, 4), (8, 2, 4)], ids=str)
+def test_what_was_cut_out_and_calibrated_is_exported_again(
+    state: dict[str, Tensor], tokens_bt: Tensor, held: nesting.LayerWidths, tmp_path: Path
+) -> None:
+    """Its norms are its own: the run that it came from has others."""
+    from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
+
+    part = {name: t * 1.25 if name.endswith("norm") else t for name, t in cut_mix(state, CFG, held).items()}
+    save_model(tmp_path / "part", part, CFG, held)
+    model = load_model(tmp_path / "part")
+    assert isinstance(model, LanguageModel)
+
+    def exported(target: str, *width: str) -> Path:
+        folder = tmp_path / "-".join([target, *width]).replace("/", "_")
+        assert main([str(tmp_path / "part"), "--format", target, "-o", str(folder), *width]) == 0
+        return folder
+
+    for width, widths in (((), held), (("--width", "1/4"), (2, 2, 2))):
+        expected = in_place(model, tokens_bt, widths)
+        ours = load_model(exported("matmamba", *width))
+        assert isinstance(ours, LanguageModel)
+        assert torch.equal(in_place(ours, tokens_bt, widths), expected)
+        with torch.no_grad():
+            theirs = AutoModelForCausalLM.from_pretrained(exported("remote_code", *width), trust_remote_code=True)
+            assert relative(theirs.eval()(tokens_bt).logits, expected[..., : CFG.vocab_size]) < TOLERANCE
+            if len(set(widths)) == 1:
+                theirs = Mamba2ForCausalLM.from_pretrained(exported("hf", *width)).eval()
+                assert relative(theirs(tokens_bt).logits, expected) < TOLERANCE
 
 
 def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -176,7 +209,7 @@ def test_a_damaged_model_folder_is_refused(state: dict[str, Tensor], tmp_path: P
 
 def test_a_folder_that_is_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a run with a checkpoint"):
-        read_state(tmp_path)
+        read_source(tmp_path)
 
 
 def _edit(folder: Path, **values: object) -> None:

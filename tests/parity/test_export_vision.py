@@ -19,7 +19,7 @@ from torch import Tensor
 from modeling import export_vision
 from modeling.config import VisionConfig
 from modeling.convert import from_matmamba_vision
-from modeling.export import export, main, read_state
+from modeling.export import export, main, read_source
 from modeling.import_model import main as import_model
 from modeling.model_folder import ImageUse, ModelFolderError, load_language_model, load_model, save_model
 from modeling.open_model import open_model
@@ -195,9 +195,9 @@ def test_a_public_model_comes_in_as_it_went_out(
     folder = tmp_path / "imported"
     assert import_model([str(tmp_path / "public"), "--widths", "1,1/2", "-o", str(folder)]) == 0
     assert f"pool: {cfg.pool}" in capsys.readouterr().out
-    state, found, _ = read_state(folder)
-    assert found == fitting
-    assert all(torch.equal(state[name], tensor) for name, tensor in state_of(model).items())
+    source = read_source(folder)
+    assert source.cfg == fitting
+    assert all(torch.equal(source.state[name], tensor) for name, tensor in state_of(model).items())
     file = str(tmp_path / "public" / "pytorch_model.bin")
     assert import_model([file, "--reorder-heads", "-o", str(tmp_path / "other")]) == 2
     assert "never nested" in capsys.readouterr().err
@@ -220,9 +220,9 @@ def test_our_own_folder_is_bit_exact(widths: tuple[int, ...], tmp_path: Path) ->
     with pytest.raises(ValueError, match="image classifier"):
         open_model(tmp_path / "own")
     if widths == (8, 8):
-        state, cfg, _ = read_state(tmp_path / "own")
-        assert cfg == CFG
-        assert all(torch.equal(state[name], tensor) for name, tensor in state_of(model).items())
+        source = read_source(tmp_path / "own")
+        assert source.cfg == CFG
+        assert all(torch.equal(source.state[name], tensor) for name, tensor in state_of(model).items())
 
 
 def test_the_command_line_says_which_formats_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +262,19 @@ def test_a_folder_of_ours_keeps_what_its_images_are(tmp_path: Path, capsys: pyte
     shown = json.loads((tmp_path / "early" / "config.json").read_text())["pretrained_cfg"]
     assert shown["crop_pct"] == 0.875
     assert "label_names" not in shown
+
+
+def test_what_was_cut_out_is_exported_again(
+    carried: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, images = model_of(), some_images()
+    export(state_of(model), CFG, (8, 2), "matmamba", tmp_path / "mix", images=ImageUse(classes=NAMES))
+    assert main([str(tmp_path / "mix"), "--format", "timm", "-o", str(tmp_path / "timm")]) == 0
+    theirs = carried.load(tmp_path / "timm")
+    with torch.no_grad():
+        assert relative(theirs(images), in_place(model, images, (8, 2))) < TOLERANCE
+    assert main([str(tmp_path / "mix"), "--format", "matmamba_vision", "-o", str(tmp_path / "public")]) == 2
+    assert "use --format timm or matmamba for what was cut out" in capsys.readouterr().err
 
 
 def test_class_names_come_from_the_dataset_where_it_is(tmp_path: Path) -> None:

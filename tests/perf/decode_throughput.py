@@ -36,7 +36,7 @@ import torch
 from modeling.config import LanguageConfig
 from modeling.convert import cut, to_hf, to_mamba_ssm
 from modeling.decode import generate
-from modeling.export import hf_config, read_state
+from modeling.export import hf_config, read_source
 from modeling.flops import language_parameters
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
@@ -193,7 +193,8 @@ def read(args: argparse.Namespace) -> tuple[State, LanguageConfig]:
             model = load_model(args.model)
             state, cfg = {name: p.detach() for name, p in model.named_parameters()}, model.cfg
         else:
-            state, cfg, _ = read_state(args.model)
+            source = read_source(args.model)
+            state, cfg = source.state, source.cfg
     else:
         cfg = load_config(args.config, []).model
         model = LanguageModel(cfg)

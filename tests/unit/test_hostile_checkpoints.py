@@ -12,7 +12,7 @@ import torch
 
 from modeling.checkpoint_reader import CheckpointError, manifest_sha256
 from modeling.config import LanguageConfig
-from modeling.export import read_state
+from modeling.export import read_source
 from modeling.language import LanguageModel
 from modeling.tensor_parallel import layout_of
 from pretrain.checkpoint_model import load_model
@@ -38,9 +38,9 @@ def rewrite(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_the_checkpoint_is_good_as_written(run: Path) -> None:
-    state, cfg, _ = read_state(run)
-    assert cfg == CFG
-    assert all(layout_of(name) and torch.isfinite(t).all() for name, t in state.items())
+    source = read_source(run)
+    assert source.cfg == CFG
+    assert all(layout_of(name) and torch.isfinite(t).all() for name, t in source.state.items())
 
 
 @pytest.mark.parametrize(
@@ -69,23 +69,23 @@ def test_the_checkpoint_is_good_as_written(run: Path) -> None:
 def test_a_manifest_that_lies_is_refused(run: Path, change: Callable[[dict[str, Any]], Any], says: str) -> None:
     rewrite(run, change)
     with pytest.raises(CheckpointError, match=says):
-        read_state(run)
+        read_source(run)
 
 
 def test_latest_names_a_checkpoint_beside_it_and_nothing_else(run: Path) -> None:
     (run / "checkpoints" / "latest").write_text("../../elsewhere")
     with pytest.raises(CheckpointError, match="is not the name of a checkpoint beside it"):
-        read_state(run)
+        read_source(run)
 
 
 def test_a_file_cut_short_is_named(run: Path) -> None:
     path = run / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors has \d+ bytes, the manifest says"):
-        read_state(run)
+        read_source(run)
 
 
-@pytest.mark.parametrize("load", [read_state, load_model])
+@pytest.mark.parametrize("load", [read_source, load_model])
 def test_a_number_that_changed_on_disk_is_noticed(run: Path, load: Callable[[Path], object]) -> None:
     path = run / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
     content = bytearray(path.read_bytes())
