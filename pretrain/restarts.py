@@ -2,7 +2,7 @@
 
     python -m pretrain.restarts check CONFIG [section.field=value ...] [--world-size N]    says what is wrong with it
     python -m pretrain.restarts begin CONFIG [section.field=value ...] [--world-size N]    prints the run's folder
-    python -m pretrain.restarts end RUN_DIR --code N --max-restarts N --job-state STATE
+    python -m pretrain.restarts end RUN_DIR --code N --max-restarts N --job-state STATE [--told]
 
 Every start and end is a line of RUN_DIR/restarts.jsonl, which `python -m pretrain status` reads too. Exit codes of
 `begin`: 0 go on, 2 the configuration is wrong, 3 the run crashes before its first new checkpoint, again and again. Of
@@ -27,8 +27,13 @@ from pretrain.manifest_check import check_paths, check_run
 EXIT_REQUEUE = 75
 EXIT_MISUSED = 2
 EXIT_CRASH_LOOP = 3
+SIGNALLED = 128
+"""A shell's exit code of a program that a signal ended is this and the signal's number."""
 STARTS_WITHOUT_PROGRESS = 2
 """Crashes in a row, none of which left a new checkpoint, after which a run is not started again."""
+
+_GOES_ON = ("RUNNING", "")
+"""Slurm's states of a job that nobody is ending; empty where the controller did not answer."""
 
 Event = dict[str, Any]
 
@@ -59,41 +64,56 @@ def read_events(run_dir: Path) -> list[Event]:
 def crashes_without_progress(events: list[Event], step: int) -> int:
     """How many of the last starts in a row crashed, or were lost with their node, and left no new checkpoint.
 
-    `step` is that of the newest checkpoint now. A run that stopped in order (0, 75) was no crash, progress or not.
+    `step` is that of the newest checkpoint now. A run that stopped in order (0, 75), was misused, or was ended from outside was
+    no crash, progress or not.
     """
     count = 0
     after = step
-    ended_in_order = False
+    is_crash = True
     for event in reversed(events):
         if event["event"] == "end":
-            ended_in_order = event["code"] in (0, EXIT_REQUEUE)
+            is_crash = _is_crash(event)
         else:
-            if ended_in_order or after > event["step"]:
+            if not is_crash or after > event["step"]:
                 return count
             count += 1
-            after, ended_in_order = event["step"], False
+            after, is_crash = event["step"], True
     return count
 
 
+def _is_crash(end: Event) -> bool:
+    if end["code"] in (0, EXIT_REQUEUE, EXIT_MISUSED) or end.get("state", "") not in _GOES_ON:
+        return False
+    return not _ended_too_early_to_save(end["code"], told=end.get("told", False))
+
+
+def _ended_too_early_to_save(code: int, *, told: bool) -> bool:
+    """Whether the signal that told the run to stop ended it: it came before the ranks listened, or they had no time to save."""
+    return told and code > SIGNALLED
+
+
 def decide(
-    events: list[Event], step: int, *, code: int, restarts: int, max_restarts: int, state: str
+    events: list[Event], step: int, *, code: int, restarts: int, max_restarts: int, state: str, told: bool = False
 ) -> tuple[bool, str]:
     """Whether to requeue a job whose run just ended with `code`, and why.
 
     `events` ends with this run's end; `step` is that of its newest checkpoint; `restarts` counts the job's earlier
-    requeues; `state` is Slurm's JobState, empty where the controller did not answer: that is no reason to stop.
+    requeues; `state` is Slurm's JobState, empty where the controller did not answer: that is no reason to stop. `told`: the
+    batch script was told to stop, and told the ranks.
     """
     if code == 0:
         return False, "finished"
     if code == EXIT_MISUSED:
         return False, "misused: mend the command or the config"
     # A job that its user cancelled is no longer RUNNING, and must stay cancelled whatever its last exit code was.
-    if state not in ("RUNNING", ""):
+    if state not in _GOES_ON:
         return False, f"the job is {state}: it stays so"
     if restarts >= max_restarts:
         return False, f"stopped after {restarts} restarts (MAX_RESTARTS={max_restarts})"
     if code == EXIT_REQUEUE:
         return True, f"stopped in order and saved at step {step}"
+    if _ended_too_early_to_save(code, told=told):
+        return True, f"told to stop before it could save (code {code}); the newest checkpoint is of step {step}"
     count = crashes_without_progress(events, step)
     if count >= STARTS_WITHOUT_PROGRESS:
         return False, f"crash loop: {count} starts in a row ended without a new checkpoint, the last with code {code}"
@@ -114,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     end.add_argument("--code", type=int, required=True)
     end.add_argument("--max-restarts", type=int, required=True)
     end.add_argument("--job-state", required=True)
+    end.add_argument("--told", action="store_true", help="the batch script was told to stop")
     args = parser.parse_args(argv)
     try:
         if args.command == "end":
@@ -155,7 +176,7 @@ def _begin(cfg: RunConfig) -> int:
 
 def _end(args: argparse.Namespace) -> int:
     step = latest_step(args.run_dir)
-    event: Event = {"event": "end", "step": step, "code": args.code}
+    event: Event = {"event": "end", "step": step, "code": args.code, "state": args.job_state, "told": args.told}
     requeue, why = decide(
         [*read_events(args.run_dir), event],
         step,
@@ -163,6 +184,7 @@ def _end(args: argparse.Namespace) -> int:
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         max_restarts=args.max_restarts,
         state=args.job_state,
+        told=args.told,
     )
     _append(args.run_dir, {**event, "requeue": requeue, "why": why})
     print(f"run ended with code {args.code}: {'requeueing' if requeue else 'not requeueing'}, {why}")

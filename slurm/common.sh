@@ -167,7 +167,7 @@ launch() {
   pid=$!
 }
 
-# Wait for $pid, handing signals on to it; sets $rc. A signal cuts `wait` short, so it is asked until the child is gone.
+# Wait for $pid, handing signals on to it; sets $rc, and $told where there was one. A signal cuts `wait` short, so it is asked until the child is gone.
 attend() {
   told=0
   trap 'told=1; forward USR1' USR1
@@ -223,7 +223,9 @@ pretrain() {
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $config in $run_dir on $SLURM_JOB_NODELIST"
   launch pretrain "${arguments[@]}"
   attend
-  if alone -m pretrain.restarts end "$run_dir" --code "$rc" --max-restarts "$MAX_RESTARTS" --job-state "$(job_state)"; then
+  local end=(--code "$rc" --max-restarts "$MAX_RESTARTS" --job-state "$(job_state)")
+  ((told)) && end+=(--told)
+  if alone -m pretrain.restarts end "$run_dir" "${end[@]}"; then
     scontrol requeue "$(job_name)" && exit 0
     echo "error: scontrol requeue failed (was the job submitted with --no-requeue?)" >&2
     exit 75

@@ -17,8 +17,8 @@ def start(step: int) -> Event:
     return {"event": "start", "step": step}
 
 
-def end(step: int, code: int) -> Event:
-    return {"event": "end", "step": step, "code": code}
+def end(step: int, code: int, **more: object) -> Event:
+    return {"event": "end", "step": step, "code": code, **more}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,11 @@ def end(step: int, code: int) -> Event:
         ([start(-1), start(-1)], -1, 2),  # lost with their nodes: no end was recorded
         ([start(-1), end(-1, 75), start(-1)], -1, 1),
         ([start(-1), end(-1, 75)], -1, 0),
+        ([start(-1), end(-1, 2), start(-1), end(-1, 2)], -1, 0),  # mended, it may start
+        ([start(-1), end(-1, 143, state="COMPLETING"), start(-1), end(-1, 143, state="CANCELLED")], -1, 0),
+        ([start(-1), end(-1, 138, state="RUNNING", told=True), start(-1)], -1, 1),
+        ([start(-1), end(-1, 138, state="RUNNING", told=False), start(-1)], -1, 2),
+        ([start(-1), end(-1, 1, state="", told=True)], -1, 1),
     ],
 )
 def test_crashes_without_progress(events: list[Event], step: int, count: int) -> None:
@@ -99,6 +104,17 @@ def test_an_encoding_of_tiktokens_is_compared_by_its_name(tmp_path: Path, monkey
     command = ["check", "--world-size", "2", str(tmp_path / "run.yaml")]
     assert main([*command, "data.tokenizer=tiktoken:gpt2"]) == 0
     assert main([*command, "data.tokenizer=tiktoken:cl100k_base"]) == 2
+
+
+def test_a_run_that_is_told_to_stop_before_it_listens_is_requeued(tmp_path: Path) -> None:
+    """As often as it happens: each start was preempted while its ranks imported torch."""
+    (tmp_path / "restarts.jsonl").write_text("")
+    for _ in range(3):
+        with (tmp_path / "restarts.jsonl").open("a") as file:
+            file.write('{"event": "start", "step": -1}\n')
+        ended = ["end", str(tmp_path), "--code", "143", "--max-restarts", "20", "--job-state", "RUNNING", "--told"]
+        assert main(ended) == 0
+    assert "told to stop before it could save" in read_events(tmp_path)[-1]["why"]
 
 
 def test_files_that_are_absent_or_cut_short(tmp_path: Path) -> None:

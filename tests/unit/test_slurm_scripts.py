@@ -92,6 +92,17 @@ def test_the_task_that_has_the_arrays_number_requeues_itself_alone(site: Site) -
     assert site.calls("scontrol requeue") == ["scontrol requeue 70_1"]
 
 
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_that_ends_ranks_that_do_not_listen_yet_is_no_crash(site: Site, name: str) -> None:
+    site.stand_in("srun", f"kill -{name} $PPID\nexec sleep 30")  # handed on, it ends this
+    site.stand_in("scontrol", 'echo "JobId=70 JobState=RUNNING Reason=None"')
+    for _ in range(3):
+        done = site.run("pretrain_1b4.sh", CONFIG=str(site.config), **JOB)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(site.calls("scontrol requeue")) == 3
+    assert "told to stop before it could save" in read_events(site.run_dir)[-1]["why"]
+
+
 @pytest.mark.parametrize(("launcher", "n_cores"), [("srun", 8), ("torchrun", 32)])
 def test_a_rank_has_as_many_cores_by_either_launcher(site: Site, launcher: str, n_cores: int) -> None:
     """torchrun's one task a node holds all of the node's ranks: 4 of 8 cores."""
