@@ -211,7 +211,8 @@ class CheckpointConfig:
     stop_margin_s: float = 120.0
     """Save and stop this long before the job's time limit (SLURM_JOB_END_TIME), beside a step and a save; 0: never."""
     resume: str = "auto"
-    """auto: the newest whole checkpoint of run_dir, if any. never: start anew. Else: a checkpoint folder."""
+    """auto: the newest whole checkpoint of run_dir, if any. never: start anew. Else: a checkpoint folder, to begin at: once run_dir
+    has checkpoints of a run that began there, the same command goes on from the newest of those."""
     init_from: str = ""
     """Where the run starts anew, weights come from here: a model folder (modeling.import_model), a run or a checkpoint of
     the same sizes, of which the moving average counts where it has one. The optimizer, the step and the data start at nothing. Empty: random weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ def check_paths(cfg: RunConfig) -> None:
             f"data.tokenizer={tokenizer}: no such file; name the one that the dataset was made with (a file or "
             f"{TIKTOKEN}NAME), or none"
         )
-    if checkpoint.resume not in ("auto", "never") and not (Path(checkpoint.resume) / MANIFEST_NAME).is_file():
+    names_one = checkpoint.resume not in ("auto", "never")
+    if names_one and not has_begun(cfg) and not (Path(checkpoint.resume) / MANIFEST_NAME).is_file():
         raise ConfigError(
             f"checkpoint.resume={checkpoint.resume} is no checkpoint: name a folder step_N, or auto or never"
         )
@@ -42,6 +44,18 @@ def check_paths(cfg: RunConfig) -> None:
         raise ConfigError(
             f"checkpoint.init_from={source} is neither a model folder, nor a checkpoint nor a run that has one: name one"
         )
+
+
+def has_begun(cfg: RunConfig) -> bool:
+    """Whether the run began at the checkpoint that the config names, and has newer ones of its own: what the same command goes
+    on from when it is given again, by a job that requeues itself."""
+    for folder in sorted((Path(cfg.run_dir) / "checkpoints").glob(CHECKPOINTS), reverse=True):
+        try:
+            began_at = json.loads((folder / MANIFEST_NAME).read_text())["config"]["checkpoint"]["resume"]
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: an older one tells as well
+            continue
+        return cfg.checkpoint.resume not in ("auto", "never") and bool(began_at == cfg.checkpoint.resume)
+    return False
 
 
 def check_run(cfg: RunConfig) -> None:

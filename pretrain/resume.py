@@ -16,6 +16,7 @@ from pretrain.config import RunConfig
 from pretrain.config_sections import ConfigError
 from pretrain.distributed import RankError, Ranks
 from pretrain.engine import Engine
+from pretrain.manifest_check import has_begun
 from pretrain.same_run import seq_lens, state_to_go_on_from
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "
     """Load what `cfg.checkpoint.resume` asks for into the engine; returns where the run stands, None for a fresh start.
 
     `dataset_sha256` is that of the run's dataset (pretrain.dataset_check); without it, datasets are not compared.
+
+    A named checkpoint is where the run begins: once it has checkpoints of its own from there on, this is "auto".
 
     With "auto", checkpoints that are damaged or incomplete are skipped with a warning that says what is wrong with them,
     and set aside once a whole one was found. Raises CheckpointError where a named checkpoint is damaged, or where every
@@ -39,6 +42,8 @@ def resume(engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "
     if choice == "never":
         _refuse_later(found, -1, root)
         return None
+    if ranks.gather_objects(has_begun(cfg) if ranks.is_main else False)[0]:
+        choice = "auto"
     damaged: list[Path] = []
     for folder in found if choice == "auto" else [Path(choice)]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from modeling.checkpoint_reader import Reader
 from pretrain import train
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import RunConfig
+from pretrain.config_io import config_to_yaml
+from pretrain.restarts import main as restarts
 from pretrain.same_run import DATASET
 from tests.datasets import write_token_dataset
 from tests.distributed.harness import RankFailedError, run_ranks
-from tests.distributed.toy_run import run_config
+from tests.distributed.toy_run import losses, run_config, train_until
 
 
 def tokens_seen(cfg: RunConfig) -> list[int]:
@@ -40,6 +43,28 @@ def test_with_shorter_sequences_it_goes_on_with_the_next_tokens(dataset: Path, t
     assert first + rest == whole, "over the epoch's border too"
     state = Reader(candidates(checkpoint_dir(shorter.run_dir))[0]).state
     assert (state.sequence, state.tokens) == (10 * 16, 10 * 256)
+
+
+def test_a_run_that_began_at_a_named_checkpoint_goes_on_by_the_same_command(dataset: Path, tmp_path: Path) -> None:
+    """As a job does that requeues itself; by then the run that it branched from may have pruned that checkpoint."""
+    source = run_config(dataset, tmp_path / "source", checkpoint={"every_steps": 4})
+    run_ranks(1, train.main, source)
+    named = checkpoint_dir(source.run_dir) / "step_00000004"
+    whole, branch = (
+        run_config(dataset, tmp_path / name, checkpoint={"resume": str(named)}, optim={"lr": 5e-3})
+        for name in ("whole", "branch")
+    )
+    run_ranks(1, train.main, whole)
+    assert run_ranks(1, train_until, branch, 6) == [train.EXIT_REQUEUE]
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(named, elsewhere)
+    with pytest.raises(RankFailedError, match="holds 1 checkpoints after step 4"):
+        run_ranks(1, train.main, run_config(dataset, tmp_path / "branch", checkpoint={"resume": str(elsewhere)}))
+    shutil.rmtree(named)
+    (tmp_path / "branch.yaml").write_text(config_to_yaml(branch))
+    assert restarts(["check", str(tmp_path / "branch.yaml")]) == 0
+    assert run_ranks(1, train.main, branch) == [0]
+    assert losses(branch) == losses(whole)
 
 
 def test_another_order_of_the_data_or_model_is_refused_before_anything_is_trained_or_recorded(
