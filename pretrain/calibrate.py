@@ -24,7 +24,7 @@ from modeling.loss import next_token_loss
 from modeling.model_folder import save_model, written_whole
 from modeling.nesting import LayerWidths
 from modeling.search import read_widths
-from pretrain.checkpoint_model import find_checkpoint, load_language_model
+from pretrain.checkpoint_model import data_at, find_checkpoint, load_language_model
 from pretrain.config_sections import ConfigError, DataConfig
 from pretrain.data import Batch, TokenLoader, validation_batches
 from pretrain.dataset_check import check_dataset
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         start = Reader(find_checkpoint(args.checkpoint)).state.sequence
         if args.data is not None:
-            data, start = replace(data, path=args.data), 0
+            data, start = data_at(data, args.data), 0
         check_dataset(data, cfg.model.vocab_size)
         ranks = init_ranks(1)
         if ranks.world_size > 1:

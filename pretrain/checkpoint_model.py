@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +15,10 @@ from modeling.models import build_model
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import LanguageRunConfig, RunConfig
 from pretrain.config_io import config_from_dict
+from pretrain.config_sections import DataConfig
+from pretrain.image_config import ImageDataConfig
+
+AnyData = TypeVar("AnyData", DataConfig, ImageDataConfig)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -50,3 +56,10 @@ def load_language_model(folder: Path) -> tuple[LanguageModel, LanguageRunConfig]
     if not isinstance(model, LanguageModel) or not isinstance(cfg, LanguageRunConfig):
         raise CheckpointError(f"{folder} is of task={cfg.task}: this is for language models")
     return model, cfg
+
+
+def data_at(data: AnyData, path: str | None) -> AnyData:
+    """A run's data, at `path` where one is given. A folder is read where it lies: the run's cache holds the run's own dataset."""
+    if path is None:
+        return data
+    return replace(data, path=path, cache_dir=data.cache_dir if "://" in path else "")

@@ -17,7 +17,7 @@ from typing import Any
 from modeling.checkpoint_reader import WEIGHTS, WEIGHTS_HELP, CheckpointError
 from modeling.nesting import uniform, width_name
 from modeling.search import read_widths
-from pretrain.checkpoint_model import load_model
+from pretrain.checkpoint_model import data_at, load_model
 from pretrain.config import RunConfig
 from pretrain.config_sections import ConfigError
 from pretrain.distributed import close_ranks, init_ranks
@@ -30,12 +30,11 @@ def changed_data(cfg: RunConfig, path: str | None, n_samples: int, image_size: i
 
     Raises ConfigError where the run cannot have it.
     """
-    data: dict[str, Any] = {} if path is None else {"path": path}
+    changed: Any = data_at(cfg.data, path)  # type: ignore[type-var]
     if image_size is not None:
         if cfg.task != "vision":
             raise ConfigError(f"--image-size {image_size}: task={cfg.task} has no images")
-        data["image_size"] = image_size
-    changed: Any = replace(cfg.data, **data)  # type: ignore[type-var]
+        changed = replace(changed, image_size=image_size)
     return replace(cfg, data=changed, logging=replace(cfg.logging, eval_sequences=n_samples))
 
 

@@ -27,7 +27,7 @@ from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.nesting import LayerWidths
 from modeling.search import Point, Search
-from pretrain.checkpoint_model import load_language_model
+from pretrain.checkpoint_model import data_at, load_language_model
 from pretrain.data import Batch, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         model, cfg = load_language_model(args.checkpoint)
         if len(cfg.model.widths) < 2:
             raise ValueError(f"model.widths={list(cfg.model.widths)}: there is nothing to mix with one trained width")
-        data = cfg.data if args.data is None else replace(cfg.data, path=args.data)
+        data = data_at(cfg.data, args.data)
         check_dataset(data, cfg.model.vocab_size)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

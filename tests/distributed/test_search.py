@@ -10,9 +10,10 @@ import torch
 
 from modeling.loss import next_token_loss
 from modeling.search import read_widths
-from pretrain import search, train
+from pretrain import calibrate, evaluate, search, train
 from pretrain.checkpoint_model import load_language_model
 from pretrain.data import validation_batches
+from tests.datasets import write_token_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import run_config
 
@@ -60,6 +61,21 @@ def test_latency_is_measured(run_dir: Path, tmp_path: Path) -> None:
     costs = [float(str(point["cost"])) for point in found.values() if point["trained"]]
     assert costs == sorted(costs, reverse=True)
     assert 0 < costs[-1] < 10
+
+
+def test_other_data_is_read_where_it_lies(dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The run's cache holds shards of the run's own dataset."""
+    cfg = run_config(dataset, tmp_path / "run", data={"cache_dir": str(tmp_path / "cache")}, optim={"steps": 3})
+    assert run_ranks(1, train.main, cfg) == [0]
+    other = write_token_dataset(tmp_path / "other", row_tokens=32, n_rows=60)
+    given = [cfg.run_dir, "--data", str(other)]
+    few = ["--sequences", "4"]
+    assert run_ranks(1, evaluate.main, [*given, *few]) == [0]
+    assert run_ranks(1, search.main, [*given, *few, "--points", "1", "--trials", "0"]) == [0]
+    fit = ["--width", "1,1/4", "--steps", "1", "--batch", "2", "-o", str(tmp_path / "mix")]
+    assert run_ranks(1, calibrate.main, [*given, *few, *fit]) == [0]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"manifest.json", "train", "val"}
+    assert (tmp_path / "cache" / "manifest.json").read_bytes() == (dataset / "manifest.json").read_bytes()
 
 
 @pytest.mark.parametrize(
