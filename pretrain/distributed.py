@@ -185,12 +185,10 @@ def _device(local_rank: int) -> torch.device:
 def _read_launcher() -> None:
     """Fill in torchrun's variables from Slurm's, or for a single process. DeepSpeed and streaming read them too."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
-            env["SLURM_PROCID"],
-            env["SLURM_NTASKS"],
-            env["SLURM_LOCALID"],
-        )
+    # srun alone sets this one. A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS, and is no rank.
+    n_tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in env and int(n_tasks) > 1:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], n_tasks, env["SLURM_LOCALID"]
         tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
         env.setdefault("LOCAL_WORLD_SIZE", tasks.partition("(")[0].partition(",")[0])
         if "MASTER_ADDR" not in env:

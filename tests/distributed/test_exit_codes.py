@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from pretrain.__main__ import main
 from pretrain.config_io import config_to_yaml
 from pretrain.config_sections import ConfigError
-from pretrain.distributed import RankError, init_ranks
+from pretrain.distributed import RankError, _read_launcher, init_ranks
 from pretrain.restarts import main as restarts
 from pretrain.train import main as train
 from tests.datasets import write_image_dataset
@@ -119,3 +120,19 @@ def misused(broken: list[bool]) -> bool:
 def test_one_rank_that_broke_is_worth_another_start() -> None:
     assert run_ranks(2, misused, [False, False]) == [True, True]
     assert run_ranks(2, misused, [False, True]) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("of_srun", "world_size"),
+    [({}, "1"), ({"SLURM_STEP_NUM_TASKS": "1"}, "1"), ({"SLURM_STEP_NUM_TASKS": "2"}, "2")],
+    ids=["the batch script itself", "a step of one task", "a step of two"],
+)
+def test_only_a_step_of_several_tasks_has_ranks(
+    of_srun: dict[str, str], world_size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation at the end of a batch script of four tasks would wait for three that nobody started."""
+    job = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29511"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    monkeypatch.setattr(os, "environ", {**environment, **job, **of_srun})
+    _read_launcher()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", world_size)
