@@ -100,7 +100,7 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     """cosine: to min_lr_ratio over the run. wsd: constant, then linear over the last decay_steps."""
     decay_steps: int = 0
-    """wsd only: steps of the final decay; 0 means a fifth of the run."""
+    """wsd only: steps of the final decay; 0 means a fifth of the run, or all that the warm-up leaves of it."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end over the peak."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -28,6 +28,7 @@ def learning_rate(step: int, cfg: OptimConfig) -> float:
     if cfg.schedule == "cosine":
         done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
         return floor + (cfg.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    decay_steps = cfg.decay_steps or max(1, cfg.steps // 5)
+    # By itself no longer than what the warm-up leaves, so that the rate does not jump.
+    decay_steps = cfg.decay_steps or max(1, min(cfg.steps // 5, cfg.steps - cfg.warmup_steps))
     left = (cfg.steps - step) / decay_steps
     return floor + (cfg.lr - floor) * min(1.0, max(0.0, left))
