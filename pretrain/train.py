@@ -130,6 +130,7 @@ def train(run: Run) -> int:
             run.report("event", {"step": run.state.step, "event": stop.text})
             run.stop.obeyed()
             return 0 if stop is Stop.FILE else EXIT_REQUEUE
+    run.stop.obeyed()  # asked for in the last step, or while that was validated
     check_last_steps(run.state)  # here, so that a start that finds nothing left to do ends like the one before it
     return 0
 

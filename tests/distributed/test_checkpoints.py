@@ -131,6 +131,22 @@ def test_touching_a_file_saves_and_ends_the_run_for_good(dataset: Path, tmp_path
     assert losses(cfg) == losses(whole)
 
 
+def touch_stop_in_the_last_step(cfg: RunConfig) -> int:
+    evaluate = train.evaluate
+
+    def touching(run: train.Run) -> dict[str, float]:
+        (Path(cfg.run_dir) / "stop").touch()
+        return evaluate(run)
+
+    train.evaluate = touching
+    return train.main(cfg)
+
+
+def test_a_finished_run_leaves_no_stop_to_one_with_more_steps(dataset: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, touch_stop_in_the_last_step, run_config(dataset, tmp_path, optim={"steps": 4})) == [0]
+    assert not (tmp_path / "stop").exists()
+
+
 def test_a_run_saves_before_the_jobs_time_limit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = run_config(dataset, tmp_path)
     now = time.time()
