@@ -247,7 +247,8 @@ def finish(run: Run) -> None:
     """
     losses = evaluate(run)
     if all(map(math.isfinite, losses.values())):
-        run.saver.prune()
+        if not run.state.bad_in_a_row:  # a run that goes on with more steps may want those from before the streak
+            run.saver.prune()
         return
     said = f"the validation after the last step is not finite ({', '.join(f'{name}: {loss}' for name, loss in losses.items())})"
     if run.saved_step == run.state.step:

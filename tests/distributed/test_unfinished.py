@@ -75,6 +75,19 @@ def test_a_run_that_ends_in_a_streak_is_not_finished(dataset: Path, tmp_path: Pa
         run_ranks(1, train_over_bad_data, only, 0, 8)
 
 
+def test_a_run_that_ends_in_a_streak_keeps_what_a_roll_back_needs(dataset: Path, tmp_path: Path) -> None:
+    """The advice is to go on with more steps; the first of those may be bad as well."""
+    asked: dict[str, Any] = {"checkpoint": {"every_steps": 3, "keep_last": 1}, "stability": {"max_skips": 3}}
+    cfg = run_config(dataset, tmp_path, **asked)
+    with pytest.raises(RankFailedError, match="the last 2 of 10 steps updated nothing"):
+        run_ranks(1, train_over_bad_data, cfg, 8 * 8, 2 * 8)
+    assert steps_on_disk(cfg) == [6, 9, 10]
+    longer = run_config(dataset, tmp_path, **asked, optim={"steps": 14})
+    assert run_ranks(1, train_over_bad_data, longer, 8 * 8, 4 * 8) == [0]
+    assert "rolled back from step 12 to 6; sequences 48 to 96 are left out" in [event for _, event in events(longer)]
+    assert steps_on_disk(longer) == [14]
+
+
 def train_and_be_killed_in(name: str, cfg: RunConfig) -> int:
     """SIGKILL as soon as the trainer calls what it knows as `name`."""
     setattr(train, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
