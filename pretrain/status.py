@@ -69,10 +69,19 @@ class RunStatus:
         """Starts after the first."""
         return max(0, sum(event["event"] == "start" for event in self.events) - 1)
 
+    def _another_job_trains(self, end: dict[str, Any]) -> bool:
+        """Whether `end` is of a job that found the folder in use: one that has not ended has written a record since."""
+        running: set[str | None] = set()
+        for event in self.events:
+            (running.add if event["event"] == "start" else running.discard)(event.get("job"))
+        return bool(running) and self.last is not None and self.last["time"] > end["time"]
+
     def _stopped(self) -> str | None:
         if not self.events or self.events[-1]["event"] != "end":
             return None
         end = self.events[-1]
+        if self._another_job_trains(end):
+            return None
         return f"{'requeued' if end.get('requeue') else 'stopped'}: {end.get('why', end['code'])}"
 
 

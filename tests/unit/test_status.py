@@ -99,6 +99,21 @@ def test_a_run_at_its_last_step_is_finished_where_it_ended_in_order(
     assert status.read_run(tmp_path / "run").state == state
 
 
+@pytest.mark.parametrize(("ended_s_ago", "state"), [(60, "training"), (-60, "stopped: misused")])
+def test_a_job_that_finds_the_folder_in_use_does_not_stop_the_one_that_trains(
+    ended_s_ago: float, state: str, tmp_path: Path
+) -> None:
+    """Submitted twice by mistake. Without a record since, the first job may have been lost with its node."""
+    write_run(tmp_path / "run", widths=[8], losses={"1": 3.5}, steps=4)
+    events = [
+        {"time": 0.0, "job": "7", "event": "start", "step": -1},
+        {"time": 1.0, "job": "8", "event": "start", "step": -1},
+        {"time": time.time() - ended_s_ago, "job": "8", "event": "end", "step": -1, "code": 2, "why": "misused"},
+    ]
+    (tmp_path / "run" / "restarts.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert status.read_run(tmp_path / "run").state == state
+
+
 def test_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([str(tmp_path)]) == 2
     assert "no run in" in capsys.readouterr().err
