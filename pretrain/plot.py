@@ -37,7 +37,7 @@ def plot_losses(metrics_path: str | Path, png: str | Path | IO[bytes], title: st
         if checked:
             axes.plot(*zip(*checked, strict=True), "o", color=colour, markersize=4)
         if of_images and checked:
-            right = [(record["tokens"], 100 * record["top1"][name]) for record in validation]
+            right = [(record["tokens"], 100 * record["top1"][name]) for record in validation if name in record["top1"]]
             panels[0][1].plot(*zip(*right, strict=True), "o-", color=colour, markersize=4, linewidth=1.2)
     axes.set(xlabel="tokens", ylabel="cross-entropy (nats)", title=title)
     axes.legend(title="lines: train, dots: validation")

@@ -49,6 +49,8 @@ def collect(folder: Path) -> list[Row]:
             continue
         for heads in cfg.model.widths:
             name = width_name(heads, cfg.model.n_heads)
+            if name not in evals[-1]["loss"]:
+                continue  # a start since then has added the width
             parameters = submodel_parameters(cfg.model, uniform(heads, cfg.model.n_layers)).total
             rows.append(
                 Row(

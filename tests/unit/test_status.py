@@ -165,6 +165,11 @@ def test_sweep_names_every_separate_run_of_a_shape(tmp_path: Path) -> None:
     assert set(difference.split(", ")) == {"+0.0500 (half)", "+0.1000 (other/half)", "young is behind (young)"}
 
 
+def test_a_width_that_is_new_since_the_last_validation_waits_for_the_next(tmp_path: Path) -> None:
+    write_run(tmp_path / "nested", widths=[8, 4, 2], losses={"1": 2.5, "1/2": 2.75})
+    assert [(row.width, row.loss) for row in sweep.collect(tmp_path)] == [("1/2", 2.75), ("1", 2.5)]
+
+
 def test_a_classifiers_run_shows_images_and_right_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw: dict[str, Any] = {
         "task": "vision",
@@ -186,7 +191,8 @@ def test_a_classifiers_run_shows_images_and_right_answers(tmp_path: Path, capsys
         "memory_gib": 1.0,
     }
     right = {"kind": "eval", "top1": {"1": 0.625, "1/2": 0.5}, "top5": {"1": 0.9, "1/2": 0.8}}
-    lines = [json.dumps({**common, **record}) + "\n" for record in (train, right)]
+    earlier = {**right, "step": 5, "tokens": 197 * 320, "loss": {"1": 2.0}, "top1": {"1": 0.5}, "top5": {"1": 0.8}}
+    lines = [json.dumps({**common, **record}) + "\n" for record in (earlier, train, right)]  # a width came later
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
     assert status.main([str(tmp_path), "--html"]) == 0
     shown = capsys.readouterr().out
