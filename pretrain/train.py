@@ -358,6 +358,8 @@ def main(cfg: RunConfig) -> int:
             run.writer.close()
     if lock is not None:
         lock.release()
+    # Together: srun ends all ranks once one has left with 75, also one that still closes its records or removes old checkpoints.
+    ranks.gather_objects(None)
     close_ranks()
     return code
 

@@ -20,11 +20,11 @@ from pretrain import checkpoint, checkpoint_tool, language_task, train
 from pretrain.checkpoint import candidates, checkpoint_dir
 from pretrain.config import RunConfig
 from pretrain.config_io import config_to_yaml
-from pretrain.metrics import read_metrics
+from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.restarts import EXIT_REQUEUE
 from pretrain.retention import BEST, note_losses, read_best
 from tests.distributed.harness import RankFailedError, run_python, run_ranks, start_ranks
-from tests.distributed.toy_run import damage, losses, run_config
+from tests.distributed.toy_run import damage, losses, run_config, train_until
 
 
 def events(cfg: RunConfig) -> list[tuple[int, str]]:
@@ -129,6 +129,26 @@ def test_touching_a_file_saves_and_ends_the_run_for_good(dataset: Path, tmp_path
     assert not (tmp_path / "run" / "stop").exists()
     assert run_ranks(2, train.main, cfg) == [0, 0]
     assert losses(cfg) == losses(whole)
+
+
+def train_until_with_slow_records(cfg: RunConfig, stop_after: int) -> bool:
+    """Whether rank 0's records, which take two seconds to close, were closed when this rank left."""
+    close, closed = MetricsWriter.close, Path(cfg.run_dir) / "closed"
+
+    def slowly(self: MetricsWriter) -> None:
+        close(self)
+        if self._file is not None:
+            time.sleep(2)
+            closed.touch()
+
+    MetricsWriter.close = slowly  # type: ignore[method-assign]  # in a process of its own
+    assert train_until(cfg, stop_after) == EXIT_REQUEUE
+    return closed.exists()
+
+
+def test_no_rank_leaves_while_another_closes_its_records(dataset: Path, tmp_path: Path) -> None:
+    """srun --kill-on-bad-exit would end that one."""
+    assert run_ranks(2, train_until_with_slow_records, run_config(dataset, tmp_path), 3) == [True, True]
 
 
 def touch_stop_in_the_last_step(cfg: RunConfig) -> int:
