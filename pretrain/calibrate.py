@@ -122,7 +122,12 @@ def main(argv: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         whole, cfg = load_language_model(args.checkpoint)
         widths = read_widths(args.width, cfg.model.n_heads, cfg.model.n_layers)
-        data = replace(cfg.data, micro_batch=min(args.batch, cfg.data.micro_batch), n_workers=0)
+        data = replace(
+            cfg.data,
+            micro_batch=min(args.batch, cfg.data.micro_batch),
+            tokens_per_step=args.batch * cfg.data.seq_len,
+            n_workers=0,
+        )
         if args.batch % data.micro_batch:
             raise ValueError(
                 f"--batch {args.batch}: must be a multiple of the run's data.micro_batch={data.micro_batch}"

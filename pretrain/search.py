@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(cfg.model.widths) < 2:
             raise ValueError(f"model.widths={list(cfg.model.widths)}: there is nothing to mix with one trained width")
         data = data_at(cfg.data, args.data)
-        check_dataset(data, cfg.model.vocab_size)
+        check_dataset(data, cfg.model.vocab_size, training=False)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

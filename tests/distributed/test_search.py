@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,12 +69,14 @@ def test_other_data_is_read_where_it_lies(dataset: Path, tmp_path: Path, capfd: 
     cfg = run_config(dataset, tmp_path / "run", data={"cache_dir": str(tmp_path / "cache")}, optim={"steps": 3})
     assert run_ranks(1, train.main, cfg) == [0]
     other = write_token_dataset(tmp_path / "other", row_tokens=32, n_rows=60)
+    shutil.rmtree(other / "train")  # which neither reads
     given = [cfg.run_dir, "--data", str(other)]
     few = ["--sequences", "4"]
     assert run_ranks(1, evaluate.main, [*given, *few]) == [0]
     assert run_ranks(1, search.main, [*given, *few, "--points", "1", "--trials", "0"]) == [0]
     fit = ["--width", "1,1/4", "--steps", "1", "--batch", "2", "-o", str(tmp_path / "mix")]
-    assert run_ranks(1, calibrate.main, [*given, *few, *fit]) == [0]
+    small = write_token_dataset(tmp_path / "small", row_tokens=32, n_rows=4)  # half a step of the run's
+    assert run_ranks(1, calibrate.main, [cfg.run_dir, "--data", str(small), *few, *fit]) == [0]
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"manifest.json", "train", "val"}
     assert (tmp_path / "cache" / "manifest.json").read_bytes() == (dataset / "manifest.json").read_bytes()
 
