@@ -21,6 +21,7 @@ from pretrain.checkpoint_model import data_at, load_model
 from pretrain.config import RunConfig
 from pretrain.config_sections import ConfigError
 from pretrain.distributed import close_ranks, init_ranks
+from pretrain.shard_store import DatasetError
 from pretrain.task import Scores
 from pretrain.tasks import task_of
 
@@ -87,7 +88,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     ranks = init_ranks(1)
     model.to(ranks.device)
-    scores = task.scores(model, task.validation(ranks), list(submodels.values()), ranks)
+    try:
+        scores = task.scores(model, task.validation(ranks), list(submodels.values()), ranks)
+    except (ConfigError, DatasetError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Other ranks may wait in a collective for this one; leaving without clean-up lets the launcher end them.
+        os._exit(2 if isinstance(error, ConfigError) else 1)
     if ranks.is_main:
         for name, one in zip(submodels, scores, strict=True):
             print(f"width {name}: {line_of(one)}")

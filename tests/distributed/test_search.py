@@ -15,8 +15,8 @@ from pretrain import calibrate, evaluate, search, train
 from pretrain.checkpoint_model import load_language_model
 from pretrain.data import validation_batches
 from tests.datasets import write_token_dataset
-from tests.distributed.harness import run_ranks
-from tests.distributed.toy_run import run_config
+from tests.distributed.harness import RankFailedError, run_ranks
+from tests.distributed.toy_run import damage, run_config
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,20 @@ def test_other_data_is_read_where_it_lies(dataset: Path, tmp_path: Path, capfd: 
     assert run_ranks(1, calibrate.main, [cfg.run_dir, "--data", str(small), *few, *fit]) == [0]
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"manifest.json", "train", "val"}
     assert (tmp_path / "cache" / "manifest.json").read_bytes() == (dataset / "manifest.json").read_bytes()
+
+
+def test_what_an_evaluation_finds_on_the_ranks_is_said_in_a_line(
+    run_dir: Path, dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RankFailedError, match=r"exit codes \[2, 2\]\n$"):
+        run_ranks(2, evaluate.main, [str(run_dir), "--samples", "1"])
+    damaged = shutil.copytree(dataset, tmp_path / "damaged")
+    damage(next((damaged / "val").glob("*.mds")))
+    with pytest.raises(RankFailedError, match=r"exit codes \[1\]\n$"):
+        run_ranks(1, evaluate.main, [str(run_dir), "--data", str(damaged)])
+    said = capfd.readouterr().err
+    assert "error: validation: 1 sequences" in said
+    assert "the file is damaged" in said
 
 
 @pytest.mark.parametrize(
