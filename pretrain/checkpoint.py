@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.checkpoint_reader import Piece, file_sha256, manifest_sha256, tensor_key
-from pretrain.retention import CHECKPOINTS
+from pretrain.retention import CHECKPOINTS, REMOVING
 
 TEMPORARY = ".writing-"
 SET_ASIDE = ("damaged", "not-finite", "rolled-back")
@@ -110,8 +110,9 @@ def abandon(root: Path, step: int) -> None:
 
 
 def remove_interrupted(root: Path) -> list[str]:
-    """Remove what saves that never ended left, and return their folders' names. Under the run's lock: nobody is writing."""
-    folders = sorted(root.glob(f"{TEMPORARY}*"))
+    """Remove what saves and removals that never ended left, and return their folders' names. Under the run's lock: nobody is
+    writing."""
+    folders = sorted(folder for begun in (TEMPORARY, REMOVING) for folder in root.glob(f"{begun}*"))
     for folder in folders:
         shutil.rmtree(folder)
     return [folder.name for folder in folders]

@@ -12,6 +12,8 @@ from pretrain.config_sections import CheckpointConfig
 
 CHECKPOINTS = "step_" + 8 * "[0-9]"
 """Pattern of the folders that are a run's checkpoints. Others beside them, such as a copy step_N.keep, are somebody's own."""
+REMOVING = ".removing-"
+"""Before the name of a checkpoint on its way out, so that what is left where that is interrupted is no checkpoint."""
 BEST = "best.json"
 """In the folder of checkpoints: width name to {"step", "loss"} of its best validation that has a checkpoint."""
 
@@ -84,4 +86,7 @@ def prune(root: Path, cfg: CheckpointConfig) -> None:
         step = step_of(folder)
         if step in best or (cfg.keep_every_steps and step % cfg.keep_every_steps == 0):
             continue
-        shutil.rmtree(folder)
+        doomed = folder.with_name(f"{REMOVING}{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)  # of the same step, on a disk that refused before
+        folder.rename(doomed)
+        shutil.rmtree(doomed)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from pretrain.checkpoint import candidates
+import pytest
+
+from pretrain.checkpoint import candidates, remove_interrupted
 from pretrain.config_sections import CheckpointConfig
 from pretrain.retention import go_back, note_losses, prune, read_best
 
@@ -24,6 +27,26 @@ def test_folders_that_somebody_named_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in candidates(tmp_path)] == ["step_00000003", "step_00000002", "step_00000001"]
     prune(tmp_path, CheckpointConfig(keep_last=1))
     assert names_in(tmp_path) == {*theirs, "step_00000003"}
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        make(tmp_path, f"step_0000000{step}")
+        for name in ("manifest.json", "rank_00000.safetensors"):
+            (tmp_path / f"step_0000000{step}" / name).touch()
+
+    def die(folder: Path, **_: object) -> None:
+        (folder / "manifest.json").unlink(missing_ok=True)
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, CheckpointConfig(keep_last=1))
+    monkeypatch.undo()
+    assert [path.name for path in candidates(tmp_path)] == ["step_00000002"]
+    assert remove_interrupted(tmp_path) == [".removing-step_00000001"]
+    assert names_in(tmp_path) == {"step_00000002"}
 
 
 def test_a_step_that_is_validated_again_has_the_later_loss(tmp_path: Path) -> None:
