@@ -195,7 +195,9 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
         products += tokens / tp * (head + either / (FLOAT8_TIMES if cfg.precision == "fp8" else 1) + of_weights)
         if cfg.precision == "fp8":
             inner = n_heads * model.headdim
-            between_mixers = tokens / tp if n_heads <= cfg.gathered_heads else tokens  # of which a rank runs its own alone
+            between_mixers = (
+                tokens / tp if n_heads <= cfg.gathered_heads else tokens
+            )  # of which a rank runs its own alone
             rounded = between_mixers * 2 * model.d_model + tokens / tp * (3 * inner + 2 * model.d_state + n_heads)
             bound += rounded * model.n_layers * ROUND_S
         channels = tokens / tp * n_heads * model.headdim * model.n_layers
