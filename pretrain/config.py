@@ -112,7 +112,8 @@ class RunConfig:
             f"precision=fp8: model.d_model={model.d_model} is not a multiple of {FLOAT8_STEP}: use precision=bf16",
         )
         for width in model.widths:
-            channels = width // tp * model.headdim
+            # All ranks run all heads of a gathered width.
+            channels = (width if width <= self.gathered_heads else width // tp) * model.headdim
             require(
                 channels % FLOAT8_STEP == 0,
                 f"precision=fp8: {width} heads of {model.headdim} are {channels} channels on each of parallel.tensor={tp} ranks, "

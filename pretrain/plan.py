@@ -157,7 +157,11 @@ def _layouts(cfg: LanguageRunConfig, cluster: Cluster) -> Iterator[LanguageRunCo
                             zero_stage=stage,
                             activation_checkpointing=recompute,
                         )
-                        yield replace(cfg, parallel=parallel, data=replace(cfg.data, micro_batch=micro_batch))
+                        try:
+                            layout = replace(cfg, parallel=parallel, data=replace(cfg.data, micro_batch=micro_batch))
+                        except ConfigError:  # precision=fp8, and a rank's channels do not suit it
+                            continue
+                        yield layout
 
 
 def predict(cfg: LanguageRunConfig, cluster: Cluster, memory: Memory | None = None) -> Plan:
@@ -195,9 +199,8 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
         products += tokens / tp * (head + either / (FLOAT8_TIMES if cfg.precision == "fp8" else 1) + of_weights)
         if cfg.precision == "fp8":
             inner = n_heads * model.headdim
-            between_mixers = (
-                tokens / tp if n_heads <= cfg.gathered_heads else tokens
-            )  # of which a rank runs its own alone
+            # Of a gathered width a rank rounds its own tokens alone.
+            between_mixers = tokens / tp if n_heads <= cfg.gathered_heads else tokens
             rounded = between_mixers * 2 * model.d_model + tokens / tp * (3 * inner + 2 * model.d_state + n_heads)
             bound += rounded * model.n_layers * ROUND_S
         channels = tokens / tp * n_heads * model.headdim * model.n_layers

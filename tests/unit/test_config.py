@@ -127,6 +127,15 @@ def test_float8_asks_for_multiples_of_16(section: str, values: dict[str, Any], m
     config_from_dict(raw)
 
 
+def test_float8_takes_the_channels_of_a_gathered_width_whole() -> None:
+    raw = base() | {"precision": "fp8", "parallel": {"tensor": 4, "sequence": True, "gathered_width": 0.5}}
+    raw["data"]["micro_batch"] = 4
+    assert config_from_dict(raw).gathered_heads == 8
+    raw["parallel"]["gathered_width"] = 0.0
+    with pytest.raises(ConfigError, match="8 heads of 4 are 8 channels on each"):
+        config_from_dict(raw)
+
+
 def test_float8_is_refused_where_the_kernels_do_not_run() -> None:
     cfg = config_from_dict(base() | {"precision": "fp8"})
     with pytest.raises(ConfigError, match=r"precision=fp8 needs the fused kernels, .* \(no GPU\): use bf16"):

@@ -244,6 +244,17 @@ def test_the_dry_run_of_a_sandwich_counts_what_trains(draw: str, capsys: pytest.
     assert " ".join(printed.split()).count("a drawn width counts as the widest that it can be") == 2
 
 
+def test_layouts_that_float8_cannot_have_are_left_out() -> None:
+    """Of 8 heads of 24 channels each of 8 ranks has 24, unless it gathers them all."""
+    found = plan(config("130m", "precision=fp8"), cluster(1, 8))
+    of_tp_8 = [layout for layout in found if layout.cfg.parallel.tensor == 8]
+    assert {layout.cfg.parallel.tensor for layout in found} == {1, 2, 4, 8}
+    assert all(layout.cfg.gathered_heads for layout in of_tp_8)
+    assert len(of_tp_8) < len(
+        [layout for layout in plan(config("130m"), cluster(1, 8)) if layout.cfg.parallel.tensor == 8]
+    )
+
+
 def test_float8_is_not_planned_for_gpus_without_it() -> None:
     with pytest.raises(ConfigError, match=r"precision=fp8: an A100 does not multiply in float8"):
         plan(config("1b4", "precision=fp8"), cluster(1, 8, "A100"))
