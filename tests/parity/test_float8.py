@@ -12,7 +12,7 @@ from modeling.ops import float8
 from modeling.ops.kernels.float8 import FLOAT8, quantize_rows, transposed
 from modeling.ops.products import times
 from pretrain.config import FLOAT8_STEP
-from tests.parity.kernel_checks import DEVICE, GPU, LOW, PER_HEAD, poison
+from tests.parity.kernel_checks import DEVICE, GPU, LOW, PER_HEAD, poison, some_drop
 from tests.parity.test_kernels import LARGE, SMALL, Case, documents, mixer_of, results
 
 pytestmark = pytest.mark.usefixtures("plain_scan")
@@ -78,6 +78,30 @@ def test_a_row_of_zeros_stays_one_and_nothing_hides_what_is_not_finite() -> None
     assert torch.isfinite(product[3]).all()
     if GPU:  # the interpreter's conversion knows no NaN
         assert not torch.isfinite(product[1:3]).any()
+
+
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_the_smallest_and_largest_numbers_have_a_scale_too(with_factor: bool) -> None:
+    """Rows of float32's whole range: none is infinite, and below 1e-30 they end in zero."""
+    size_m1 = torch.tensor([1e-44, 1e-38, 1e-29, 1e-20, 1e20, 3e38]).to(DEVICE)[:, None]
+    row_k = torch.linspace(-1, 1, 32, device=DEVICE)
+    factor = torch.full((32,), 0.5, device=DEVICE) if with_factor else None
+    values, scale = quantize_rows(row_k * size_m1, factor)
+    back = values.float() * scale
+    assert torch.isfinite(back).all()
+    assert (back[:2].abs() <= 1e-38).all()
+    whole = row_k * (0.5 if with_factor else 1.0)
+    assert relative(back[2:] / size_m1[2:], whole.expand(4, -1)) < (PRODUCT if GPU else PRODUCT_INTERPRETED)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "turned"])
+def test_rows_that_are_not_contiguous_are_read_as_they_are(layout: str) -> None:
+    """A sum's gradient is one number in all places, and a product's may lie turned."""
+    x = numbers(1, 1).expand(16, 32) if layout == "expanded" else numbers(32, 16).T
+    for factor in (None, torch.linspace(0.5, 2, 32, device=DEVICE)):
+        found, expected = quantize_rows(x, factor), quantize_rows(x.contiguous(), factor)
+        assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
+        assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("size", sizes((16, 16), (48, 80), (130, 32)), ids=str)
@@ -149,6 +173,21 @@ def test_a_mixer_differs_by_rounding_in_training_and_by_nothing_without_gradient
         x_md = x_btd.to(LOW).flatten(0, 1)
         without_gradients = mixer._fused(x_md, n_heads, 2, seq_idx_bt)
     assert torch.equal(without_gradients.unflatten(0, (2, -1)), wide["output"])
+
+
+def test_what_a_classifier_drops_is_dropped_in_float8_too() -> None:
+    """Entries of the projection are dropped by number, which its wider filling must not shift."""
+    case = CASES[0]
+    x_btd = torch.randn(2, case.t, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    drop = some_drop(2, case.t, 0.2)._replace(scale_b=torch.tensor([1.25, 1.25]).to(DEVICE))
+    expected = results(mixer_of(case, torch.float32), "plain", x_btd.to(LOW).float(), case.width, None, drop)
+    mixer = mixer_of(case, LOW)
+    mixer.float8 = True
+    actual = results(mixer, "fused", x_btd, case.width, None, drop)
+    without = results(mixer, "fused", x_btd, case.width, None)
+    for name in ("output", "x", "in_z", "in_x", "in_bc", "out"):
+        assert relative(actual[name].flatten()[None], expected[name].flatten()[None]) < 0.3, name
+        assert relative(without[name].flatten()[None], expected[name].flatten()[None]) > 0.4, name
 
 
 def test_configs_know_what_products_ask_of_sizes() -> None:

@@ -82,10 +82,12 @@ def _transpose_bytes(in_ptr, out_ptr, ones_ptr, rows, width, TILE: tl.constexpr)
 def quantize_rows(x_mk: Tensor, factor_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x * factor in float8 (m k, contiguous) and the scale of each row (float32, m 1): their product is x * factor, rounded.
 
-    The rows of `x_mk`, of any float type, are contiguous each; `factor_k` is float32. A row that holds no finite number
-    comes out as one that holds NaN.
+    `x_mk` is of any float type and, unless its rows are contiguous each, copied; `factor_k` is float32. A row that holds NaN or
+    infinity comes out as one that holds NaN.
     """
     m, k = x_mk.shape
+    if x_mk.stride(1) != 1:  # a gradient may be expanded or turned
+        x_mk = x_mk.contiguous()
     values = torch.empty(m, k, dtype=FLOAT8, device=x_mk.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x_mk.device)
     args = (x_mk, x_mk.stride(0), factor_k, values, scale)
