@@ -1,6 +1,6 @@
 """GPU memory of one rank, estimated from the config: what a layout needs, before anybody waits for a GPU. Pure integers.
 
-The estimate is the peak of what torch's allocator hands out and CUDA graphs keep, with the fused Triton mixers in bfloat16;
+The estimate is the peak of what torch's allocator hands out and CUDA graphs keep, with the fused Triton mixers in bfloat16 or float8;
 the CUDA context, NCCL and fragmentation take one to three GiB more. tests/perf/layout.py measures it.
 
 Letters: m tokens of a micro-batch, d model, i inner channels and h heads of the full width on this rank, n state, v rows of the

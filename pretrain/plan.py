@@ -36,7 +36,7 @@ BEFORE_HOPPER = frozenset({"A100"})
 PRODUCT_FLOP_S = 730e12
 """bf16 matrix products at the models' shapes: 719 at 130M, 758 at 1.4B."""
 FLOAT8_TIMES, ROUND_S = 1.8, 1e-12
-"""With precision=fp8, on an H200 (docs/benchmarks/compare_reference.json): what its products are faster than bf16's, 1.55 times at
+"""With precision=fp8, on an H200 (docs/benchmarks/speed_h200_graphs_202611.md): what its products are faster than bf16's, 1.55 times at
 130M and 1.95 at 1.4B, and what rounding a number that goes into one takes."""
 CHANNEL_S, HEAD_S = 17e-12, 500e-12
 """Scan, convolution and gated norm, forward and backward: seconds a channel and token are the first plus the second over
@@ -294,9 +294,10 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
         f"parallel.zero_stage={best.parallel.zero_stage} parallel.sequence={str(best.parallel.sequence).lower()}; "
         f"{cfg.optim.steps:,} steps take {days:.1f} days of {cluster.world_size} GPUs"
     )
+    float8 = f" (projections in float8 {FLOAT8_TIMES:g} times that)" if cfg.precision == "fp8" else ""
     scaled = "" if cluster.gpu == MEASURED_ON else f", scaled to {cluster.gpu} by datasheets"
     console.print(
-        f"assumed: rates of one {MEASURED_ON}, the scan's fitted to newer kernels{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s, "
+        f"assumed: rates of one {MEASURED_ON}, the scan's fitted to newer kernels{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s{float8}, "
         f"at most {HOST_S['none'] * 1e3:.1f} to {HOST_S['block'] * 1e3:.1f} ms of host a layer and pass that is no CUDA graph; links {cluster.nvlink_gb_s:g} GB/s inside a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU between nodes, one way, as stated (--nvlink-gb-s, --network-gb-s), "
         f"{LATENCY_S * 1e6:.0f} us a collective, none counted as hidden; {RESERVED_GIB:.0f} GiB reserved. "

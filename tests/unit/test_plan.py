@@ -255,6 +255,15 @@ def test_layouts_that_float8_cannot_have_are_left_out() -> None:
     )
 
 
+def test_what_is_estimated_for_float8_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(REPOSITORY / "configs/lm_1b4.yaml")
+    assert main(["--plan", path, "--nodes", "1", "--gpus-per-node", "8", "precision=fp8"]) == 0
+    assert "products at 730 TFLOP/s (projections in float8 1.8 times that)" in capsys.readouterr().out
+    for precision, said in (("fp8", "GiB (fp8, recompute"), ("auto", "GiB (bf16, recompute")):
+        assert main(["--dry-run", path, f"precision={precision}"]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_float8_is_not_planned_for_gpus_without_it() -> None:
     with pytest.raises(ConfigError, match=r"precision=fp8: an A100 does not multiply in float8"):
         plan(config("1b4", "precision=fp8"), cluster(1, 8, "A100"))
