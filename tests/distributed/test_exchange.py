@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling import peer_exchange, tensor_parallel
+from modeling.ops.float8 import float8_weights
+from modeling.ops.products import times
 from modeling.peer_exchange import PeerExchange
 from modeling.tensor_parallel import TensorParallel
 from pretrain.distributed import init_ranks
@@ -111,6 +113,36 @@ def compare_exchanges(tensor: int, sequence: bool, split: int) -> None:
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_sending_beside_products_changes_nothing(tensor: int, sequence: bool, split: int) -> None:
     run_ranks(tensor, compare_exchanges, tensor, sequence, split)
+
+
+def compare_float8(sequence: bool) -> None:
+    """Rows are rounded each with a scale of its own, so it is the same whichever of them are multiplied together."""
+    tensor_parallel.LEAST_SPLIT = 2
+    tp = init_ranks(2, sequence=sequence).tp
+    n = TOKENS // 2
+    rows = slice(tp.rank * n, (tp.rank + 1) * n) if sequence else slice(None)
+    x, grad = randn(0, TOKENS, 32)[rows].float(), randn(1, TOKENS, 32)[rows].float()
+    into, into_back = float8_weights(randn(2 + tp.rank, 48, 32).float())
+    out, out_back = float8_weights(randn(9 + tp.rank, 32, 48).float())
+    entered = tp.enter(x)
+    between = times(entered, into)
+    whole_grad = tp.enter(grad)
+    grad_between = times(whole_grad, out_back)
+    expected = [entered, between, tp.leave(times(between, out)), grad_between, tp.leave(times(grad_between, into_back))]
+    grad_out = torch.zeros(32, 48)
+    found = [*tp.gather_times(x, into), tp.times_leave(between, out)]
+    found += [
+        tp.gather_times_adding(grad, out_back, grad_out, between),
+        tp.start_times_sum(grad_between, into_back).wait(),
+    ]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    torch.testing.assert_close(grad_out, whole_grad.T @ between)  # of what was not rounded
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
+def test_float8_products_are_sent_as_others_are(sequence: bool) -> None:
+    run_ranks(2, compare_float8, sequence)
 
 
 def compare_copies(tensor: int, split: int, folder: Path, rounds: int = 8) -> None:
