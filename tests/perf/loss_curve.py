@@ -101,6 +101,12 @@ def curves_of(args: argparse.Namespace, name: str) -> Curves:
     return {width: [round(r["loss"][width], 5) for r in records] for width in records[0]["loss"]}
 
 
+def validation_of(args: argparse.Namespace, name: str) -> dict[str, float]:
+    """The losses of a run's validation after its last step, by width."""
+    *_, last = (r for r in read_metrics(args.folder / name / "metrics.jsonl") if r["kind"] == "eval")
+    return {width: round(loss, 5) for width, loss in last["loss"].items()}
+
+
 def difference(a: Curves, b: Curves, *, last: int) -> dict[str, dict[str, float]]:
     """b's loss less a's over the last steps, by width: the mean of its size, and its mean."""
     found = {}
@@ -180,9 +186,10 @@ def main() -> None:
             f"kernels and {args.against}": difference(curves["kernels"], curves[args.against], last=last),
             "kernels and other seed": difference(curves["kernels"], curves["other seed"], last=last),
         },
+        "validation": {name: validation_of(args, name) for name in asked},
         "curves": curves,
     }
-    print(json.dumps(record["mean_difference_over_last_steps"], indent=1))
+    print(json.dumps({key: record[key] for key in ("mean_difference_over_last_steps", "validation")}, indent=1))
     args.out.write_text(json.dumps(record) + "\n")
     if args.plot is not None:
         draw(curves, args.against, args.plot)
