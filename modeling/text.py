@@ -13,7 +13,9 @@ TIKTOKEN = "tiktoken:"
 """What the name of an encoding begins with, where other tokenizers are files."""
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
 IDS_BEFORE = 8
-"""Ids of a prompt that the text after it is decoded with."""
+"""Ids that the text after them is decoded with, at the least."""
+IDS_KEPT = 64
+"""More of them are let go."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class TextStream:
     def __init__(self, text: Text, before: Sequence[int] = ()) -> None:
         """`before` are the ids that the text goes on from, which are not shown: some tokenizers leave out the space at the
         beginning of a text."""
-        # Few are enough, and all would be decoded again at every push.
-        self._text, self._ids = text, list(before[-IDS_BEFORE:])
-        self._shown = text.decode(self._ids)
+        self._text, self._ids = text, list(before)
+        self._shown, self._n_shown = text.decode(self._ids), len(self._ids)
+        self._forget()
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids; returns the text that is complete now and was not before."""
@@ -69,8 +71,22 @@ class TextStream:
         if not final and whole.endswith("�"):
             return ""
         new = whole[len(self._shown) :]
-        self._shown = whole
+        if not whole.startswith(self._shown):
+            # One byte of no character makes the library's ByteFallback give up those before it that were whole too.
+            new = self._text.decode(self._ids[self._n_shown :])
+        self._shown, self._n_shown = whole, len(self._ids)
+        if len(self._ids) > IDS_KEPT:
+            self._forget()
         return new
+
+    def _forget(self) -> None:
+        """Let go of the first ids: all that are here are decoded at every push."""
+        for n in range(IDS_BEFORE, min(len(self._ids), 4 * IDS_BEFORE)):
+            kept = self._text.decode(self._ids[-n:])
+            # In the middle of a character they would have another text.
+            if kept and self._shown.endswith(kept):
+                self._ids, self._shown, self._n_shown = self._ids[-n:], kept, n
+                return
 
 
 def open_text(spec: str, vocab_size: int) -> Text:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from modeling import generate as generate_module
 from modeling.config import LanguageConfig
@@ -201,6 +202,47 @@ def test_streamed_text_is_the_whole_text_and_never_half_a_character(folder: Path
     cut = TextStream(text)
     assert cut.push(text.encode("日")[:1]) == ""
     assert cut.rest() == "�"
+
+
+def write_byte_fallback_tokenizer(path: Path) -> None:
+    """As Llama's: a character without a piece is its bytes, and a space stands before a text."""
+    vocab = {"<unk>": 0, "</s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    vocab |= {character: 258 + i for i, character in enumerate("▁abx")}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path))
+
+
+def test_text_goes_on_behind_a_prompt_of_many_bytes(tmp_path: Path) -> None:
+    """What is decoded with it begins with a character: the library writes a run of bytes with half a one in it as none."""
+    write_byte_fallback_tokenizer(tmp_path / "tokenizer.json")
+    text = open_text(str(tmp_path / "tokenizer.json"), 310)
+    for prompt, new in (("ab 你好世界", "世 a"), ("a", " b世"), ("ab", "a")):
+        before = text.encode(prompt)
+        stream = TextStream(text, before)
+        ids = text.encode(prompt + new)[len(before) :]
+        assert "".join(stream.push([i]) for i in ids) + stream.rest() == new
+        half = text.encode("世")[-3:-1]
+        assert stream.push(half) + stream.rest() == "��", "and nothing of what was shown again"
+
+
+def test_a_long_stream_decodes_a_few_ids_at_a_time(folder: Path) -> None:
+    text, most = open_text(str(folder / "tokenizer.json"), 310), 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal most
+        most = max(most, len(ids))
+        return text.decode(ids)
+
+    long = SENTENCE * 20
+    stream = TextStream(replace(text, decode=decode))
+    ids = text.encode(long)
+    assert "".join(stream.push([i]) for i in ids) + stream.rest() == long
+    assert len(ids) > 400
+    assert most < 100
 
 
 def test_a_special_tokens_name_in_a_prompt_is_text(folder: Path) -> None:
