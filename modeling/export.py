@@ -181,7 +181,8 @@ def _add_tokenizer(folder: Path, tokenizer: Path, cfg: LanguageConfig, target: s
     if target not in ("hf", "remote_code"):
         return
     path = folder / CONFIG_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": eos_id}, indent=1) + "\n")
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **ids}, indent=1) + "\n")
     if is_json:  # transformers makes nothing of a sentencepiece file without knowing whose it is
         vocab = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
         eos = next(token for token, i in vocab.items() if i == eos_id)
@@ -218,6 +219,10 @@ def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
         "residual_in_fp32": True,
         "tie_word_embeddings": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        # Left out, they are 0, 2 and 1: a text would end at the token 2, whatever that is.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
     }
 
 

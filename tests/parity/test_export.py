@@ -149,6 +149,32 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(state: dict[st
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
+def test_transformers_ends_and_pads_a_text_with_the_tokenizers_own_id(state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Where config.json is silent, transformers' Mamba2 ends a text at token 2, and fills up what ended early with token 1."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+    cfg = replace(CFG, vocab_size=310)
+    larger = {**state, "embedding": torch.zeros(cfg.n_vocab_rows, cfg.d_model)}
+    write_tokenizer(tmp_path / "tokenizer.json")
+    export(larger, cfg, cfg.layer_widths(8), "hf", tmp_path / "with", tokenizer=tmp_path / "tokenizer.json")
+    export(larger, cfg, cfg.layer_widths(8), "hf", tmp_path / "bare")
+
+    def prefer(ids: Tensor, scores: Tensor) -> Tensor:
+        scores[0, 0 if ids.shape[1] == prompts.shape[1] + 2 else 2] = 9
+        scores[1, 3] = 9
+        return scores
+
+    prompts, chosen = torch.tensor([[5], [6]]), LogitsProcessorList([prefer])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    out = model.generate(prompts, max_new_tokens=5, logits_processor=chosen)
+    assert out[0].tolist() == [5, 2, 2, 0, 0, 0]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "with")
+    assert tokenizer.decode(out[0], skip_special_tokens=True) == tokenizer.decode([5, 2, 2])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
+    out = model.generate(prompts, max_new_tokens=5, logits_processor=chosen)
+    assert out[0].tolist() == [5, 2, 2, 0, 2, 2], "nothing is known to end it"
+
+
 def test_command_line_puts_the_tokenizer_beside_the_model(
     state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
