@@ -58,9 +58,11 @@ class RequestQueue:
             self._jobs.put_nowait(job)
         except queue.Full:
             raise RequestError(f"{self._jobs.maxsize} requests are waiting: try again later", status=429) from None
+        if self._stopping.is_set():  # since it was looked at: the worker may have emptied the line before
+            self._refuse_all()
 
     def stop(self) -> None:
-        """Finish the running token, refuse the rest, and end the worker."""
+        """Finish the running token, refuse the rest, and end the worker. Asked again, it does nothing."""
         self._stopping.set()
         with contextlib.suppress(queue.Full):  # a worker with a full line does not wait for work
             self._jobs.put_nowait(None)
@@ -82,10 +84,14 @@ class RequestQueue:
                 if isinstance(error, torch.OutOfMemoryError):
                     self._model.kept_steps.clear()  # room for the next one
                 job.tell(error)
-        while not self._jobs.empty():
-            left = self._jobs.get_nowait()
-            if left is not None:
-                left.tell(RequestError("the server is stopping", status=503))
+        self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left = self._jobs.get_nowait()
+                if left is not None:
+                    left.tell(RequestError("the server is stopping", status=503))
 
     def _run(self, job: Job) -> None:
         job.started_s = time.monotonic()

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import socket
 import sys
 import time
 import uuid
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
@@ -34,6 +36,8 @@ from modeling.text import Text, TextStream, open_text
 PAGE = Path(__file__).with_name("serve_page.html")
 HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "}
 HEADERS["Content-Security-Policy"] += "connect-src 'self'; base-uri 'none'; form-action 'none'"
+GRACE_S = 5
+"""Seconds that a client has, once the server stops, to take what was written to it."""
 LOOK_EVERY_S = 1.0
 """Seconds between two looks at whether a client is still there."""
 
@@ -107,6 +111,20 @@ class Answer:
             else:
                 new.append("")
         return new
+
+
+class Server(uvicorn.Server):
+    """Told to stop, it ends the requests: uvicorn's own waits for the last token of all that run or wait."""
+
+    def __init__(self, served: Served, *, host: str, port: int, **options: Any) -> None:
+        options.setdefault("timeout_graceful_shutdown", GRACE_S)
+        super().__init__(uvicorn.Config(build_app(served), host=host, port=port, **options))
+        self._queue = served.queue
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse what runs and what waits, and end."""
+        await asyncio.to_thread(self._queue.stop)
+        await super().shutdown(sockets)
 
 
 def build_app(served: Served) -> FastAPI:
@@ -302,10 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    import uvicorn
-
-    uvicorn.run(build_app(Served(opened.model, name, text, limits, line)), host=args.host, port=args.port)
-    return 0
+    server = Server(Served(opened.model, name, text, limits, line), host=args.host, port=args.port)
+    with contextlib.suppress(KeyboardInterrupt):  # which it heard, and raises again at its end
+        server.run()
+    return 0 if server.started else 3
 
 
 if __name__ == "__main__":

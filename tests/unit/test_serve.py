@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("httpx", reason="FastAPI's test client needs httpx")
 
+import httpx
 from fastapi.testclient import TestClient
 
 from modeling.completions import Limits, parse
@@ -28,7 +29,7 @@ from modeling.decode import generate
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
 from modeling.request_queue import RequestQueue
-from modeling.serve import Answer, Served, build_app
+from modeling.serve import Answer, Served, Server, build_app
 from modeling.text import Text
 
 CFG = LanguageConfig(n_layers=2, d_model=64, headdim=16, widths=(8, 4, 1), d_state=8, vocab_size=128)
@@ -285,6 +286,47 @@ def test_a_client_that_leaves_cancels_its_request(stream: bool, monkeypatch: pyt
     own.queue.stop()
 
 
+def started(own: Served) -> tuple[Server, threading.Thread, int]:
+    """The server on a free port, in a thread of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(own, host="127.0.0.1", port=port, log_level="warning")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return server, thread, port
+
+
+def test_a_server_that_is_told_to_stop_refuses_what_runs_and_what_waits() -> None:
+    """Ctrl-C does not wait for the last token of every request."""
+    own = replace(served(), limits=Limits(new_tokens=10**6), text=replace(BYTES, eos_id=-1))
+    server, thread, port = started(own)
+    asked = {"prompt": "The", "temperature": 0, "max_tokens": 10**6}
+    waiting: list[httpx.Response] = []
+
+    def wait() -> None:
+        waiting.append(httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60))
+
+    other = threading.Thread(target=wait, daemon=True)
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json={**asked, "stream": True}) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        assert "choices" in next(lines)
+        other.start()
+        while own.queue.n_waiting == 0:
+            time.sleep(0.01)
+        server.should_exit = True
+        *_, error, done = lines
+    assert "the server is stopping" in error
+    assert done == "data: [DONE]"
+    other.join(timeout=20)
+    assert waiting[0].status_code == 503
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+
+
 @contextlib.contextmanager
 def opened_page(own: Served) -> Iterator[tuple[Any, Any, list[str]]]:
     """A real server and its page in a real browser: the page, playwright's `expect`, and what the page complained of."""
@@ -292,17 +334,7 @@ def opened_page(own: Served) -> Iterator[tuple[Any, Any, list[str]]]:
     browser_path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser_path is None:
         pytest.skip("no chromium on PATH")
-    import uvicorn
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(build_app(own), host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.05)
+    server, thread, port = started(own)
     try:
         with playwright.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
