@@ -31,6 +31,7 @@ LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 1 << 30
+BINARY_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 LARGE_GROUP_BYTES = 256 << 20
 LARGE_GROUP_DOCUMENTS = 512
 MOST_BAD_LINES = 0.9
@@ -464,12 +465,14 @@ def _rows(chunk: Chunk, text_column: str, filters: Filters) -> Iterator[dict[str
             table = _parquet_file(chunk.path).read_row_group(chunk.payload, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise InputError(unreadable(chunk.path, error)) from error
-    text_type = table.schema.field(text_column).type
-    as_binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(text_type)
     for batch in table.to_batches(max_chunksize=256):
         values = {name: batch.column(name) for name in columns}
-        if as_binary is not None:  # so that one text that is not UTF-8 does not take the others with it
-            values[text_column] = values[text_column].view(as_binary)
+        text = values[text_column]
+        if pa.types.is_dictionary(text.type):
+            text = text.dictionary_decode()
+        as_binary = BINARY_OF.get(text.type)
+        # So that one text that is not UTF-8 does not take the others with it.
+        values[text_column] = text if as_binary is None else text.view(as_binary)
         for row in zip(*(column.to_pylist() for column in values.values()), strict=True):
             yield dict(zip(columns, row, strict=True))
 

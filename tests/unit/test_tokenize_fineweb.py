@@ -285,11 +285,18 @@ def test_a_file_that_is_not_json_lines_is_named(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
 def test_invalid_utf8_in_parquet_costs_one_document(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    binary = pa.array([b"good", b"\xff\xfe bad", None, b"fine"], pa.binary())
-    pq.write_table(pa.table({"text": binary.view(pa.string())}), tmp_path / "u.parquet")
+    texts = pa.array([b"good", b"\xff\xfe bad", None, b"fine"], pa.binary()).view(pa.string())
+    if kind == "dictionary":
+        texts = texts.dictionary_encode()
+    elif kind == "large_string":
+        texts = texts.view(pa.binary()).cast(pa.large_binary()).view(pa.large_string())
+    elif kind == "string_view":
+        texts = texts.view(pa.binary()).cast(pa.binary_view()).view(pa.string_view())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "u.parquet")
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     assert prepare(tmp_path, tmp_path / "out", "--val-fraction", "0", inputs=("u.parquet",)) == 0
     assert "the val split is empty, and pretrain needs one" in capsys.readouterr().out
