@@ -88,6 +88,9 @@ class Encoder:
         for batch in self._slices(texts, skipped):
             encoded = self.tokenizer.encode_batch([text for text, _ in batch])
             for (_, raw), ids in zip(batch, encoded, strict=True):
+                if ids is None:
+                    skipped["not_encodable"] += 1
+                    continue
                 if not len(ids):
                     skipped["empty"] += 1
                     continue

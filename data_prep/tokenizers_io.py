@@ -45,8 +45,8 @@ class TextTokenizer(Protocol):
     encoder: str
     """Which library makes the ids, for people."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text, in the narrowest dtype for the vocabulary."""
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids | None]:
+        """Ids of each text, in the narrowest dtype for the vocabulary; None of one that the library cannot take."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
@@ -194,8 +194,16 @@ class TiktokenTokenizer:
         except ValueError as error:
             raise ValueError(f"tokenizer tiktoken:{name}: {error}") from None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return [np.array(self._encoding.encode_ordinary(text), self._dtype) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids | None]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> Ids | None:
+        try:
+            return np.array(self._encoding.encode_ordinary(text), self._dtype)
+        except BaseException as error:  # its regular expression overflows: a megabyte of spaces before a word
+            if type(error).__name__ != "PanicException":
+                raise
+            return None
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._encoding.decode([int(i) for i in ids])

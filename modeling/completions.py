@@ -184,8 +184,11 @@ def _prompts(raw: Any, vocab_size: int, text: Text, limits: Limits) -> list[list
                 raise RequestError(
                     f"prompt {i} is not Unicode text: character {error.start} is a lone surrogate", "prompt"
                 ) from None
-            # An empty prompt starts a new document.
-            ids = text.encode(one) or [text.eos_id]
+            try:
+                # An empty prompt starts a new document.
+                ids = text.encode(one) or [text.eos_id]
+            except ValueError as error:
+                raise RequestError(f"prompt {i}: {error}", "prompt") from None
         elif isinstance(one, list) and one and all(_is_integer(token) for token in one):
             ids = one
         else:

@@ -23,7 +23,7 @@ class Text:
     """A tokenizer, as far as generating needs one."""
 
     encode: Callable[[str], list[int]]
-    """Ids of a text, nothing added; special tokens' names are plain text."""
+    """Ids of a text, nothing added; special tokens' names are plain text. Raises ValueError where the library cannot take it."""
     decode: Callable[[Sequence[int]], str]
     """Text of ids. Those that the tokenizer does not have, which a model of a larger vocabulary may draw, add none."""
     eos_id: int
@@ -170,7 +170,15 @@ def _tiktoken(spec: str) -> Text:
     def decode(ids: Sequence[int]) -> str:
         return str(encoding.decode([i for i in ids if i in known]))
 
-    return Text(encoding.encode_ordinary, decode, _eos(special, spec), encoding.max_token_value + 1)
+    def encode(text: str) -> list[int]:
+        try:
+            return list(encoding.encode_ordinary(text))
+        except BaseException as error:  # its regular expression overflows: a megabyte of spaces before a word
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"tokenizer {spec} cannot take a run of so many spaces as this text has") from None
+
+    return Text(encode, decode, _eos(special, spec), encoding.max_token_value + 1)
 
 
 def _eos(ids: dict[str, int], where: str) -> int:

@@ -19,7 +19,15 @@ from modeling.sampling import LEAST_TEMPERATURE, LEAST_TOP_P, Sampling, probabil
 from modeling.text import Text
 
 CFG = LanguageConfig(n_layers=2, d_model=32, headdim=8, widths=(8, 4, 1), d_state=8, vocab_size=128)
-ASCII = Text(encode=lambda s: [ord(c) for c in s], decode=lambda ids: "".join(map(chr, ids)), eos_id=0, vocab_size=128)
+
+
+def ascii_ids(text: str) -> list[int]:
+    if not text.isascii():
+        raise ValueError(f"no id for {text!r}")
+    return list(text.encode())
+
+
+ASCII = Text(encode=ascii_ids, decode=lambda ids: "".join(map(chr, ids)), eos_id=0, vocab_size=128)
 LIMITS = Limits(prompt_tokens=20, new_tokens=10, sequences=4)
 
 
@@ -102,6 +110,7 @@ def test_the_width_is_the_field_or_in_the_models_name(
         ({"prompt": "a", "temperature": "\ud800"}, "temperature", r"temperature=\\ud800: must be a number"),
         ({"prompt": "a", "top_p": 0}, "top_p", "top_p"),
         ({"prompt": "a", "top_p": 1e-320}, "top_p", "must lie in 1e-06 to 1"),
+        ({"prompt": ["a", "\x80"]}, "prompt", "prompt 1: no id for"),
         ({"prompt": ["a", "b\ud800"]}, "prompt", "prompt 1 .* character 1 is a lone surrogate"),
         ({"prompt": [10**400]}, "prompt", "token id 10{79}: "),
         ({"prompt": "a", "stream": "yes"}, "stream", "true or false"),

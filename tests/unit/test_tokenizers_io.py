@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import fast_bpe, train_tokenizer
+from data_prep.corpus_io import Chunk
+from data_prep.encode_worker import Encoder, EncodeSettings
 from data_prep.tokenizers_io import TextTokenizer, TiktokenTokenizer, open_tokenizer
 from modeling.text import open_text
 from tests.unit import corpus
@@ -219,6 +221,22 @@ def test_tiktoken_encodings_are_tokenizers() -> None:
     for text, ids in zip(HARD, tokenizer.encode_batch(HARD), strict=True):
         assert ids.tolist() == list(text.encode())
         assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_a_text_that_tiktoken_cannot_take_costs_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its regular expression overflows, which it says with an exception that is no Exception."""
+    tiktoken = pytest.importorskip("tiktoken", reason="needs the optional extra [data]: tiktoken")
+    ranks, special = {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256}
+    pattern = r"\p{L}+|\s+(?!\S)|\s"
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: encoding)
+    spaces = " " * 1_500_000 + "a"
+    lines = "".join(f"{json.dumps({'text': text})}\n" for text in ("ab", spaces, "c")).encode()
+    encoded = Encoder(EncodeSettings(tokenizer="tiktoken:bytes")).encode(Chunk(0, "a.jsonl", 0, lines, 1.0))
+    assert encoded.ids.tolist() == [*b"ab", 256, *b"c", 256]
+    assert encoded.skipped == {"not_encodable": 1}
+    with pytest.raises(ValueError, match="tokenizer tiktoken:bytes cannot take a run of so many spaces"):
+        open_text("tiktoken:bytes", 300).encode(spaces)
 
 
 @pytest.mark.parametrize(
