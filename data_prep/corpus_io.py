@@ -130,6 +130,7 @@ def file_place(path: str) -> str:
 def folders_below(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """`folder` and every folder in it at any depth, behind links too, in order, each with the names of its files in order.
 
+    What is hidden, whose name begins with a dot, is left out, as by globs: notebooks' checkpoints, halves of downloads.
     Raises InputError where a folder cannot be listed, or a link leads back to a folder that it lies in.
     """
 
@@ -139,8 +140,8 @@ def folders_below(folder: Path) -> Iterator[tuple[str, list[str]]]:
     for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.islink(place) and any(map(Path(place).samefile, Path(place).absolute().parents)):
             raise InputError(f"{place}: is a link to a folder that it lies in, so its files would never end: remove it")
-        subfolders.sort()
-        yield place, sorted(names)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield place, sorted(name for name in names if not name.startswith("."))
 
 
 def _expand(text: str, hub_config: str) -> list[Source]:

@@ -51,7 +51,7 @@ def in_folder(folder: Path) -> Iterator[Found]:
     for place, names in folders_below(folder):
         below = Path(place).relative_to(folder)
         for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 path = os.path.join(place, name)
                 class_name = below.parts[0] if below.parts else None
                 yield Found(class_name, ImageRef((below / name).as_posix(), -1, path, os.stat(path).st_size))
@@ -92,7 +92,7 @@ def _image_members(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarI
 
 def _is_image(member: tarfile.TarInfo, archive: str) -> bool:
     """Raises InputError for an image, or an archive of them, that is a link: it would be missing without a word."""
-    hidden = Path(member.name).name.startswith(".")
+    hidden = any(part.startswith(".") for part in Path(member.name).parts)
     if hidden or not member.name.lower().endswith((*IMAGE_SUFFIXES, ".tar")):
         return False
     if member.issym() or member.islnk():

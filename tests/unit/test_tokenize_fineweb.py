@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from data_prep import (
 )
 from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
 from data_prep.encode_worker import in_val
-from data_prep.image_sources import in_folder
+from data_prep.image_sources import in_folder, in_tar
 from data_prep.shard_reader import part_tokens, read_shard, split_parts
 from data_prep.shard_schema import mds_columns, read_manifest
 from data_prep.shard_writer import ShardLayout
@@ -313,6 +314,22 @@ def test_a_file_is_read_once_however_it_is_written(tmp_path: Path, monkeypatch: 
     (tmp_path / "raw" / "linked").symlink_to(tmp_path / "elsewhere")
     inputs = ["raw", "./raw/a.jsonl", "raw/../raw/more/*.jsonl", str(tmp_path / "raw")]
     assert [source.path for source in find_sources(inputs)] == ["raw/a.jsonl", "raw/linked/c.jsonl", "raw/more/b.jsonl"]
+
+
+def test_what_is_hidden_in_a_folder_is_neither_text_nor_a_class(tmp_path: Path) -> None:
+    """Notebooks keep copies of files in .ipynb_checkpoints, and other systems their own ._a beside a."""
+    folder = tmp_path / ".here"  # what is named itself may be hidden
+    names = ("a/x", "a/.ipynb_checkpoints/x-copy", ".ipynb_checkpoints/x-copy", ".ipynb_checkpoints/y-copy", "a/._x")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        corpus.write_jsonl(folder / f"{name}.jsonl", ["a text"])
+        (folder / f"{name}.png").write_bytes(b"an image")
+    assert [source.path for source in find_sources([str(folder)])] == [str(folder / "a" / "x.jsonl")]
+    assert [(found.class_name, found.ref.name) for found in in_folder(folder)] == [("a", "a/x.png")]
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in names:
+            archive.add(folder / f"{name}.png", f"./{name}.png")
+    assert [(found.class_name, found.ref.name) for found in in_tar(str(tmp_path / "x.tar"))] == [("a", "a/x.png")]
 
 
 @pytest.mark.parametrize("sources", [find_sources, lambda folders: list(in_folder(Path(folders[0])))])
