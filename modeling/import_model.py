@@ -239,9 +239,14 @@ def _read_pickle(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers 5 writes infinity, for which JSON has no word, as {"__float__": "Infinity"}."""
+    return {"Infinity": math.inf, "-Infinity": -math.inf}.get(str(value.get("__float__")), value)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(), object_hook=_special_float)
     except (OSError, ValueError, RecursionError) as error:
         raise ImportModelError(f"{path} cannot be read ({error})") from None
     if not isinstance(about, dict):

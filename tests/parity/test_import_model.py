@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -160,6 +161,16 @@ def test_a_model_that_transformers_wrote(tmp_path: Path) -> None:
         expected = theirs(tokens()).logits
     assert cfg.vocab_size == 100
     assert relative(logits(imported, cfg, tokens(), 8)[..., :100], expected) < TOLERANCE
+
+    # transformers 5 has another word for infinity.
+    path = tmp_path / "hf" / "config.json"
+    said = json.loads(path.read_text())
+    assert said["time_step_limit"] == [0, math.inf]
+    path.write_text(json.dumps({**said, "time_step_limit": [0.0, {"__float__": "Infinity"}]}))
+    assert read_model(tmp_path / "hf")[1] == cfg
+    path.write_text(json.dumps({**said, "time_step_limit": [{"__float__": "-Infinity"}, {"__float__": "NaN"}]}))
+    with pytest.raises(ImportModelError, match=r"time_step_limit=.-inf, .*NaN.*not importable"):
+        read_model(tmp_path / "hf")
 
 
 def test_a_state_dict_alone_as_training_scripts_leave_it(state: dict[str, Tensor], tmp_path: Path) -> None:
