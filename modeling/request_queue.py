@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,40 +38,45 @@ class RequestQueue:
         """At most `max_waiting` jobs wait; one that has waited `max_wait_s` is refused instead of run."""
         if max_waiting < 1:
             raise ValueError(f"max_waiting={max_waiting}: must be at least 1")
-        self._model, self._max_wait_s = model, max_wait_s
-        self._jobs: queue.Queue[Job | None] = queue.Queue(maxsize=max_waiting)
+        self._model, self._max_waiting, self._max_wait_s = model, max_waiting, max_wait_s
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        """Held by who looks at the line or changes it."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
         self._thread.start()
 
     @property
     def n_waiting(self) -> int:
-        """Jobs in the line, not counting the one that runs."""
-        return self._jobs.qsize()
+        """Jobs in the line that somebody waits for, not counting the one that runs."""
+        with self._changed:
+            return sum(not job.cancelled.is_set() for job in self._jobs)
 
     def put(self, job: Job) -> None:
         """Enter the line. Raises RequestError where it is full (429) or stopped (503)."""
-        if self._stopping.is_set():
-            raise RequestError("the server is stopping", status=503)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise RequestError(f"{self._jobs.maxsize} requests are waiting: try again later", status=429) from None
-        if self._stopping.is_set():  # since it was looked at: the worker may have emptied the line before
-            self._refuse_all()
+        with self._changed:
+            if self._stopping.is_set():
+                raise RequestError("the server is stopping", status=503)
+            before, self._jobs = self._jobs, deque()
+            for other in before:
+                if other.cancelled.is_set():
+                    other.tell(None)
+                else:
+                    self._jobs.append(other)
+            if len(self._jobs) >= self._max_waiting:
+                raise RequestError(f"{self._max_waiting} requests are waiting: try again later", status=429)
+            self._jobs.append(job)
+            self._changed.notify()
 
     def stop(self) -> None:
         """Finish the running token, refuse the rest, and end the worker. Asked again, it does nothing."""
-        self._stopping.set()
-        with contextlib.suppress(queue.Full):  # a worker with a full line does not wait for work
-            self._jobs.put_nowait(None)
+        with self._changed:
+            self._stopping.set()
+            self._changed.notify()
         self._thread.join()
 
     def _work(self) -> None:
-        while not self._stopping.is_set():
-            job = self._jobs.get()
-            if job is None:
-                continue
+        while (job := self._next()) is not None:
             try:
                 self._run(job)
                 job.tell(None)
@@ -84,14 +88,15 @@ class RequestQueue:
                 if isinstance(error, torch.OutOfMemoryError):
                     self._model.kept_steps.clear()  # room for the next one
                 job.tell(error)
-        self._refuse_all()
+        with self._changed:
+            while self._jobs:
+                self._jobs.popleft().tell(RequestError("the server is stopping", status=503))
 
-    def _refuse_all(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                left = self._jobs.get_nowait()
-                if left is not None:
-                    left.tell(RequestError("the server is stopping", status=503))
+    def _next(self) -> Job | None:
+        """The job that came first, once there is one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._stopping.is_set())
+            return None if self._stopping.is_set() else self._jobs.popleft()
 
     def _run(self, job: Job) -> None:
         job.started_s = time.monotonic()

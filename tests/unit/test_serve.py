@@ -22,13 +22,13 @@ pytest.importorskip("httpx", reason="FastAPI's test client needs httpx")
 import httpx
 from fastapi.testclient import TestClient
 
-from modeling.completions import Limits, parse
+from modeling.completions import Limits, RequestError, parse
 from modeling.config import LanguageConfig
 from modeling.convert import cut_mix
 from modeling.decode import generate
 from modeling.inference import InferenceModel
 from modeling.language import LanguageModel
-from modeling.request_queue import RequestQueue
+from modeling.request_queue import Job, RequestQueue
 from modeling.serve import Answer, Served, Server, build_app
 from modeling.text import Text
 
@@ -325,6 +325,34 @@ def test_a_server_that_is_told_to_stop_refuses_what_runs_and_what_waits() -> Non
     assert waiting[0].status_code == 503
     thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+def test_clients_that_left_hold_no_place_in_the_line() -> None:
+    """Ones that ask again and again with a short patience would keep all others out until the running request ends."""
+    own = served(max_waiting=2)
+    request = parse({"prompt": "The"}, own.model, "tiny", BYTES, own.limits)
+    began, go = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        began.set()
+        go.wait(20)
+
+    told: list[list[object]] = [[], [], [], []]
+    jobs = [Job(request, hold), *(Job(request, answers.append) for answers in told)]
+    own.queue.put(jobs[0])
+    assert began.wait(20)
+    own.queue.put(jobs[1])
+    own.queue.put(jobs[2])
+    with pytest.raises(RequestError, match="2 requests are waiting"):
+        own.queue.put(jobs[3])
+    jobs[1].cancelled.set()
+    assert own.queue.n_waiting == 1
+    own.queue.put(jobs[3])
+    assert told == [[None], [], [], []], "and whoever answers for it is told that it is over"
+    with pytest.raises(RequestError, match="2 requests are waiting"):
+        own.queue.put(jobs[4])
+    go.set()
+    own.queue.stop()
 
 
 @contextlib.contextmanager
