@@ -50,11 +50,9 @@ def _windows(
     images: Sequence[ImageRef], shard_bytes: int, shuffle: np.random.RandomState | None
 ) -> list[list[ImageRef]]:
     """Images that are mixed among themselves: row groups of GROUP_WINDOW_SHARDS shards, else those of one shard."""
-    if images and images[0].group >= 0:
-        units = [list(group) for _, group in itertools.groupby(images, lambda ref: (ref.path, ref.group))]
-        window_bytes = GROUP_WINDOW_SHARDS * shard_bytes
-    else:
-        units, window_bytes = [[ref] for ref in images], shard_bytes
+    by_unit = itertools.groupby(images, lambda ref: (ref.path, ref.group, ref.offset if ref.group < 0 else 0))
+    units = [list(unit) for _, unit in by_unit]
+    window_bytes = shard_bytes * (GROUP_WINDOW_SHARDS if any(ref.group >= 0 for ref in images) else 1)
     if shuffle is not None:
         units = [units[i] for i in shuffle.permutation(len(units)).tolist()]
     parts = _parts(units, [sum(ref.n_bytes for ref in unit) for unit in units], window_bytes)

@@ -142,7 +142,8 @@ def in_parquet(path: str, image_column: str, label_column: str) -> tuple[list[Fo
                 raise InputError(
                     f"{path}: no column {column!r}; it has {', '.join(schema.names)}. Name it with {option}"
                 )
-        has_paths = pa.types.is_struct(schema.field(image_column).type)
+        kind = schema.field(image_column).type
+        has_paths = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
         columns = [label_column, *([f"{image_column}.path"] if has_paths else [])]
         images: list[Found] = []
         for group in range(file.num_row_groups):

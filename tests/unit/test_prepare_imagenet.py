@@ -15,8 +15,11 @@ import pytest
 from streaming import MDSWriter, StreamingDataset
 
 from data_prep import make_demo_images, verify_shards
+from data_prep.image_listing import Listing
+from data_prep.image_plan import plan
 from data_prep.image_preparation import MDS_CONFIG, sample_bytes
 from data_prep.image_schema import IMAGE_COLUMNS, read_image_manifest
+from data_prep.image_sources import ImageRef
 from data_prep.shard_writer import mds_file
 from pretrain.image_config import ImageDataConfig
 from pretrain.images import check_image_dataset
@@ -195,6 +198,14 @@ def test_parquet_without_names_or_paths(
     assert prepare(tmp_path / "out", "--input", str(source), "--class-names", str(tmp_path / "names")) == 0
     assert_is(tmp_path / "out", originals)
     assert contents(tmp_path / "out", "val")[0][2] == "validation-00000-of-00002/0/0"
+    (tmp_path / "nowhere").mkdir()
+    for path in (source / "data").iterdir():  # nor a place for paths
+        table = pq.read_table(path)
+        bare = pa.array([{"bytes": value["bytes"]} for value in table["image"].to_pylist()])
+        pq.write_table(table.set_column(0, "image", bare), tmp_path / "nowhere" / path.name, row_group_size=5)
+    named = ("--class-names", str(tmp_path / "names"))
+    assert prepare(tmp_path / "bare", "--input", str(tmp_path / "nowhere"), *named) == 0
+    assert_is(tmp_path / "bare", originals)
     arguments = ("--train", *(str(tmp_path / name) for name in ("hub/data/train-*", "more")), "--val-fraction", "0.1")
     write_tree(tmp_path / "more", {"dog/a.jpg": WHOLE})
     assert prepare(tmp_path / "stray", *arguments, "--class-names", str(tmp_path / "names")) == 2
@@ -207,6 +218,20 @@ def test_parquet_without_names_or_paths(
     assert "has label 2, but there are 2 class names" in capsys.readouterr().err
     assert prepare(tmp_path / "col", "--input", str(source), "--label-column", "fine_label") == 2
     assert "no column 'fine_label'; it has image, label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parquet_first", [True, False])
+def test_row_groups_and_images_of_an_archive_are_mixed_each_in_its_way(parquet_first: bool) -> None:
+    """A row group is read once; an archive, however large, is no row group."""
+    rows = [ImageRef(f"p{i}", i % 3, "a.parquet", 100, i % 10, i // 10) for i in range(1000)]
+    members = [ImageRef(f"t{i}", i % 3, "b.tar", 100, 512 + i * 512) for i in range(1000)]
+    images = [*rows, *members] if parquet_first else [*members, *rows]
+    tasks = plan(Listing(["0", "1", "2"], {"train": images, "val": rows[:3]}), 1000, 0)
+    made = [[ref for refs in task.shards for ref in refs] for task in tasks if task.split == "train"]
+    assert sorted(ref for refs in made for ref in refs) == sorted(images)
+    assert max(map(len, made)) < 200
+    read = [{ref.group for ref in refs if ref.group >= 0} for refs in made]
+    assert sum(map(len, read)) == 100
 
 
 def test_a_share_of_each_class_becomes_val(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
