@@ -104,7 +104,7 @@ def manifest_values(folder: str | Path, kind: type[Any], *, what: str, script: s
     path = Path(folder) / MANIFEST_NAME
     try:
         text = path.read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path} is missing: not {'an' if what[0] in 'aeiou' else 'a'} {what}, or one whose preparation did not "
             f"finish. Run {script} again; it goes on from the last whole shard"

@@ -286,6 +286,12 @@ def test_a_file_that_is_not_json_lines_is_named(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_file_is_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = corpus.write_jsonl(tmp_path / "a.jsonl", ["a text"])
+    assert verify_shards.main([str(path)]) == 2
+    assert "a.jsonl/manifest.json is missing: not a token dataset" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
 def test_invalid_utf8_in_parquet_costs_one_document(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
