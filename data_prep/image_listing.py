@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.corpus_io import InputError, file_place, find_sources
+from data_prep.corpus_files import InputError, file_place, find_sources
 from data_prep.image_sources import IMAGE_SUFFIXES, Found, ImageRef, in_folder, in_parquet, in_tar
 from data_prep.shard_schema import SPLITS
 

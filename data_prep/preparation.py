@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.corpus_io import Chunk, Source, chunks, crc_with
+from data_prep.corpus_files import Source
+from data_prep.corpus_io import Chunk, chunks, crc_with
 from data_prep.encode_worker import EncodedChunk, EncodeSettings, encode_in_order
 from data_prep.prep_job import (
     PROGRESS_FOLDER,

@@ -17,7 +17,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.corpus_io import InputError
+from data_prep.corpus_files import InputError
 from data_prep.image_listing import SourceOptions, find_splits, list_images
 from data_prep.image_policy import MAX_PIXELS, ImagePolicy
 from data_prep.image_preparation import ImagePreparation

@@ -17,7 +17,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.corpus_io import Filters, InputError, find_sources
+from data_prep.corpus_files import InputError, find_sources
+from data_prep.corpus_io import Filters
 from data_prep.encode_worker import EncodeSettings
 from data_prep.fast_bpe import EncoderDiffersError
 from data_prep.prep_job import OutputError, cores, place_from_slurm

@@ -20,7 +20,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
+from data_prep.corpus_files import InputError, Source, find_sources
+from data_prep.corpus_io import Filters, chunks, documents
 from data_prep.shard_writer import write_atomic
 
 MAX_LINE_BYTES = 16384

@@ -24,7 +24,7 @@ for name in INPUT TOKENIZER OUTPUT; do
   [[ -n ${!name:-} ]] || die "$name is not set: INPUT='dir/*.parquet' TOKENIZER=file OUTPUT=dir sbatch slurm/tokenize_fineweb.sh"
 done
 settings INPUT TOKENIZER OUTPUT
-# As data_prep/corpus_io.py reads it: a path, a glob, hf://..., or OWNER/NAME[/FOLDER] of the hub where no such folder is here.
+# As data_prep/corpus_files.py finds it: a path, a glob, hf://..., or OWNER/NAME[/FOLDER] of the hub where no such folder is here.
 input_is_there() (
   [[ -e $INPUT || $INPUT == hf://* ]] && return
   [[ $INPUT =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(/.*)?$ && ! -e ${INPUT%/*} ]] && return

@@ -237,7 +237,7 @@ def test_what_cannot_be_mounted_is_said(site: Site) -> None:
     ],
 )
 def test_an_input_that_is_not_there_is_said_before_the_job(site: Site, there: str, asked: str, found: bool) -> None:
-    """What corpus_io takes, the script takes, and nothing else."""
+    """What corpus_files finds, the script takes, and nothing else."""
     (site.folder / "texts").mkdir()
     (site.folder / "texts" / there).touch()
     (site.folder / "slurm").symlink_to(ROOT / "slurm")

@@ -21,6 +21,7 @@ import pytest
 from streaming import MDSWriter, StreamingDataset
 
 from data_prep import (
+    corpus_files,
     corpus_io,
     encode_worker,
     export_llmc,
@@ -30,7 +31,8 @@ from data_prep import (
     tokenize_fineweb,
     verify_shards,
 )
-from data_prep.corpus_io import Filters, InputError, Source, chunks, documents, find_sources
+from data_prep.corpus_files import InputError, Source, find_sources
+from data_prep.corpus_io import Filters, chunks, documents
 from data_prep.encode_worker import in_val
 from data_prep.image_sources import in_folder, in_tar
 from data_prep.shard_reader import part_tokens, read_shard, split_parts
@@ -477,7 +479,7 @@ def test_an_input_that_the_system_refuses_is_not_the_outputs_fault(
     def refuse(path: str, mode: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(corpus_io, "open", refuse, raising=False)
+    monkeypatch.setattr(corpus_files, "open", refuse, raising=False)
     for name in ("a.parquet", "b.jsonl"):
         assert prepare(folder, tmp_path / "other", inputs=(name,)) == 2
         assert f"error: {folder}/{name}: cannot be read ([Errno 13]" in capsys.readouterr().err
@@ -717,7 +719,7 @@ def test_a_hub_dataset_is_listed_and_streamed(folder: Path, tmp_path: Path, monk
             assert path == "datasets/Owner/fineweb/sample/10BT/000.parquet"
             return open(folder / "a.parquet", mode)
 
-    monkeypatch.setattr(corpus_io, "hub_file_system", Hub)
+    monkeypatch.setattr(corpus_files, "hub_file_system", Hub)
     arguments = [
         "--input",
         "Owner/fineweb",
