@@ -96,8 +96,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """What a network adds its ends to: blocks, the final norm, and which submodel runs as an argument of forward.
 
-    A subclass makes its own parameters and calls `make_stack` where the blocks' stand among them. Parameters are float32
-    and are cast to `dtype` where they are used. Build it on the meta device, move it with `to_empty`, then call
+    A subclass says in `make_parameters` which are its own, and calls `make_stack` where the blocks' stand among them. Parameters
+    are float32 and are cast to `dtype` where they are used. Build it on the meta device, move it with `to_empty`, then call
     `init_weights` or load weights.
     """
 
@@ -135,6 +135,11 @@ class Backbone(nn.Module):
         self.cfg, self.dtype, self.recompute = cfg, dtype, recompute
         self.tp = replace(tp or TensorParallel(), sums_later=in_place_gradients)
         self.in_place_gradients, self.float8 = in_place_gradients, float8
+        self.make_parameters()
+
+    def make_parameters(self) -> None:
+        """Make all parameters, those of the stack among them."""
+        raise NotImplementedError
 
     def make_stack(self) -> None:
         """Make the blocks and the final norm."""

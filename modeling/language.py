@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling import nesting
-from modeling.backbone import Backbone, Recompute
+from modeling.backbone import Backbone
 from modeling.config import LanguageConfig
 from modeling.mixer import MixerState
-from modeling.tensor_parallel import TensorParallel
 
 EMBEDDING_STD = 0.02
 
@@ -23,27 +22,9 @@ class LanguageModel(Backbone):
 
     cfg: LanguageConfig
 
-    def __init__(
-        self,
-        cfg: LanguageConfig,
-        *,
-        tp: TensorParallel | None = None,
-        dtype: torch.dtype = torch.float32,
-        recompute: Recompute = "none",
-        held: nesting.LayerWidths | None = None,
-        in_place_gradients: bool = False,
-        float8: bool = False,
-    ) -> None:
+    def make_parameters(self) -> None:
         """See Backbone."""
-        super().__init__(
-            cfg,
-            tp=tp,
-            dtype=dtype,
-            recompute=recompute,
-            held=held,
-            in_place_gradients=in_place_gradients,
-            float8=float8,
-        )
+        cfg = self.cfg
         self.vocab = nesting.vocab_rows(cfg.n_vocab_rows, self.tp.size, self.tp.rank)
         self.embedding = nn.Parameter(torch.empty(len(self.vocab), cfg.d_model, dtype=torch.float32))
         self.make_stack()

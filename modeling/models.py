@@ -17,7 +17,7 @@ _CLASSES: dict[type[BackboneConfig], type[LanguageModel] | type[VisionModel]] = 
 
 def build_model(cfg: BackboneConfig, **options: Any) -> Backbone:
     """The network of `cfg`; the options are those of Backbone."""
-    return _CLASSES[type(cfg)](cfg, **options)  # type: ignore[arg-type]
+    return _CLASSES[type(cfg)](cfg, **options)
 
 
 def logical_shapes(cfg: BackboneConfig) -> dict[str, tuple[int, ...]]:

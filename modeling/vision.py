@@ -14,10 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modeling import nesting
-from modeling.backbone import Backbone, Recompute
+from modeling.backbone import Backbone
 from modeling.config import VisionConfig
 from modeling.noise import Noise
-from modeling.tensor_parallel import TensorParallel
 
 COLOURS = 3
 POSITION_STD = 0.02
@@ -32,27 +31,9 @@ class VisionModel(Backbone):
 
     cfg: VisionConfig
 
-    def __init__(
-        self,
-        cfg: VisionConfig,
-        *,
-        tp: TensorParallel | None = None,
-        dtype: torch.dtype = torch.float32,
-        recompute: Recompute = "none",
-        held: nesting.LayerWidths | None = None,
-        in_place_gradients: bool = False,
-        float8: bool = False,
-    ) -> None:
+    def make_parameters(self) -> None:
         """See Backbone."""
-        super().__init__(
-            cfg,
-            tp=tp,
-            dtype=dtype,
-            recompute=recompute,
-            held=held,
-            in_place_gradients=in_place_gradients,
-            float8=float8,
-        )
+        cfg = self.cfg
         d, pixels = cfg.d_model, COLOURS * cfg.patch_size**2
 
         def parameter(*shape: int) -> nn.Parameter:
