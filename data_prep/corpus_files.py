@@ -145,3 +145,8 @@ def reading(path: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def unreadable(path: str, error: Exception) -> str:
+    """The message for a file whose bytes do not decode."""
+    return f"{path}: cannot be read, it is cut short or damaged ({error}). Fetch it again, or leave it out of --input"

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.corpus_files import COMPRESSED_SUFFIXES, InputError, Source, kind_of, open_binary, reading
+from data_prep.corpus_files import COMPRESSED_SUFFIXES, InputError, Source, kind_of, open_binary, reading, unreadable
 
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 1 << 30
@@ -131,11 +131,6 @@ def _all_chunks(number: int, source: Source, columns: list[str], filters: Filter
             yield Chunk(number, source.path, n_chunks, lines, fraction)
             n_chunks += 1
     yield Chunk(number, source.path, n_chunks, None, 1.0)
-
-
-def unreadable(path: str, error: Exception) -> str:
-    """The message for a file whose bytes do not decode."""
-    return f"{path}: cannot be read, it is cut short or damaged ({error}). Fetch it again, or leave it out of --input"
 
 
 def _parquet_payloads(

@@ -18,8 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.corpus_files import InputError, folders_below, open_binary
-from data_prep.corpus_io import unreadable
+from data_prep.corpus_files import InputError, folders_below, open_binary, unreadable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
