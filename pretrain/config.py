@@ -102,7 +102,7 @@ class RunConfig:
             f"parallel.sequence: parallel.tensor={self.parallel.tensor} does not divide the {self.tokens_per_pass} tokens of "
             "a micro-batch: choose another data.micro_batch",
         )
-        if self.precision == "fp8":
+        if self.float8:
             self._check_float8()
 
     def _check_float8(self) -> None:
@@ -119,6 +119,11 @@ class RunConfig:
                 f"precision=fp8: {width} heads of {model.headdim} are {channels} channels on each of parallel.tensor={tp} ranks, "
                 f"which is not a multiple of {FLOAT8_STEP}: use precision=bf16, a smaller parallel.tensor, or other widths",
             )
+
+    @property
+    def float8(self) -> bool:
+        """Whether training multiplies the mixers' projections in float8."""
+        return self.precision == "fp8"
 
     @property
     def allowed_tensor(self) -> list[int]:

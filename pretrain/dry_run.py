@@ -105,7 +105,7 @@ def _width_table(cfg: RunConfig) -> Table:
 
 def _memory_table(cfg: RunConfig, world_size: int) -> Table:
     memory = estimate(cfg, world_size)
-    parallel, precision = cfg.parallel, "fp8" if cfg.precision == "fp8" else "bf16"
+    parallel, precision = cfg.parallel, "fp8" if cfg.float8 else "bf16"
     table = Table(
         title=f"GPU memory of a rank at its peak, GiB ({precision}, recompute {parallel.activation_checkpointing}, ZeRO "
         f"{parallel.zero_stage}; CUDA, NCCL and fragmentation take 1 to 3 more)"

@@ -31,8 +31,8 @@ def check_paths(cfg: RunConfig) -> None:
             f"data.tokenizer={tokenizer}: no such file; name the one that the dataset was made with (a file or "
             f"{TIKTOKEN}NAME), or none"
         )
-    names_one = checkpoint.resume not in ("auto", "never")
-    if names_one and not has_begun(cfg) and not (Path(checkpoint.resume) / MANIFEST_NAME).is_file():
+    named = _named_checkpoint(cfg)
+    if named is not None and not has_begun(cfg) and not (named / MANIFEST_NAME).is_file():
         raise ConfigError(
             f"checkpoint.resume={checkpoint.resume} is no checkpoint: name a folder step_N, or auto or never"
         )
@@ -46,15 +46,22 @@ def check_paths(cfg: RunConfig) -> None:
         )
 
 
+def _named_checkpoint(cfg: RunConfig) -> Path | None:
+    """The checkpoint that the config says to begin at, where it names one."""
+    return None if cfg.checkpoint.resume in ("auto", "never") else Path(cfg.checkpoint.resume)
+
+
 def has_begun(cfg: RunConfig) -> bool:
     """Whether the run began at the checkpoint that the config names, and has newer ones of its own: what the same command goes
     on from when it is given again, by a job that requeues itself."""
+    if _named_checkpoint(cfg) is None:
+        return False
     for folder in sorted((Path(cfg.run_dir) / "checkpoints").glob(CHECKPOINTS), reverse=True):
         try:
             began_at = json.loads((folder / MANIFEST_NAME).read_text())["config"]["checkpoint"]["resume"]
         except (OSError, ValueError, KeyError, TypeError):  # damaged: an older one tells as well
             continue
-        return cfg.checkpoint.resume not in ("auto", "never") and bool(began_at == cfg.checkpoint.resume)
+        return bool(began_at == cfg.checkpoint.resume)
     return False
 
 

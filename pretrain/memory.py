@@ -1,7 +1,7 @@
 """GPU memory of one rank, estimated from the config: what a layout needs, before anybody waits for a GPU. Pure integers.
 
-The estimate is the peak of what torch's allocator hands out and CUDA graphs keep, with the fused Triton mixers in bfloat16 or float8;
-the CUDA context, NCCL and fragmentation take one to three GiB more. tests/perf/layout.py measures it.
+The estimate is the peak of what torch's allocator hands out and CUDA graphs keep, with the fused Triton mixers in bfloat16 or
+float8; the CUDA context, NCCL and fragmentation take one to three GiB more. tests/perf/layout.py measures it.
 
 Letters: m tokens of a micro-batch, d model, i inner channels and h heads of the full width on this rank, n state, v rows of the
 vocabulary on this rank. One width's activations are alive at a time, and the full width's are the largest.
@@ -56,7 +56,7 @@ def estimate(cfg: RunConfig, world_size: int) -> Memory:
     shard = -(-parameters // dp)
     tokens = cfg.tokens_per_pass
     between = tokens // tp if cfg.parallel.sequence else tokens
-    layer = _Layer.of(cfg.model, tp, tokens, between, FLOAT8 if cfg.precision == "fp8" else BF16)
+    layer = _Layer.of(cfg.model, tp, tokens, between, FLOAT8 if cfg.float8 else BF16)
     all_of = layer.projections + layer.inside
     kept, again = {
         "none": (all_of, 0),

@@ -36,8 +36,8 @@ BEFORE_HOPPER = frozenset({"A100"})
 PRODUCT_FLOP_S = 730e12
 """bf16 matrix products at the models' shapes: 719 at 130M, 758 at 1.4B."""
 FLOAT8_TIMES, ROUND_S = 1.8, 1e-12
-"""With precision=fp8, on an H200 (docs/benchmarks/speed_h200_graphs_202611.md): what its products are faster than bf16's, 1.55 times at
-130M and 1.95 at 1.4B, and what rounding a number that goes into one takes."""
+"""With precision=fp8, on an H200 (docs/benchmarks/speed_h200_graphs_202611.md): what its products are faster than bf16's, 1.55
+times at 130M and 1.95 at 1.4B, and what rounding a number that goes into one takes."""
 CHANNEL_S, HEAD_S = 17e-12, 500e-12
 """Scan, convolution and gated norm, forward and backward: seconds a channel and token are the first plus the second over
 headdim. 130M (24): 38e-12; 1.4B (64): 25e-12."""
@@ -170,7 +170,7 @@ def predict(cfg: LanguageRunConfig, cluster: Cluster, memory: Memory | None = No
     launches = cfg.model.n_layers * passes_per_step(cfg, cluster.world_size)
     captured = why_launched(cfg, torch.device("cuda")) is None
     require(
-        cfg.precision != "fp8" or cluster.gpu not in BEFORE_HOPPER,
+        not cfg.float8 or cluster.gpu not in BEFORE_HOPPER,
         f"precision=fp8: an {cluster.gpu} does not multiply in float8: use precision=bf16",
     )
     return Plan(
@@ -196,8 +196,8 @@ def _compute_seconds(cfg: LanguageRunConfig, cluster: Cluster) -> float:
         # Forward, which may be done again, and the gradient of what it read; then weights' gradients.
         each = (whole - head) / 3
         either, of_weights = each * (3 if again == "block" else 2), each
-        products += tokens / tp * (head + either / (FLOAT8_TIMES if cfg.precision == "fp8" else 1) + of_weights)
-        if cfg.precision == "fp8":
+        products += tokens / tp * (head + either / (FLOAT8_TIMES if cfg.float8 else 1) + of_weights)
+        if cfg.float8:
             inner = n_heads * model.headdim
             # Of a gathered width a rank rounds its own tokens alone.
             between_mixers = tokens / tp if n_heads <= cfg.gathered_heads else tokens
@@ -294,7 +294,7 @@ def print_plan(cfg: LanguageRunConfig, cluster: Cluster, *, shown: int = 12) -> 
         f"parallel.zero_stage={best.parallel.zero_stage} parallel.sequence={str(best.parallel.sequence).lower()}; "
         f"{cfg.optim.steps:,} steps take {days:.1f} days of {cluster.world_size} GPUs"
     )
-    float8 = f" (projections in float8 {FLOAT8_TIMES:g} times that)" if cfg.precision == "fp8" else ""
+    float8 = f" (projections in float8 {FLOAT8_TIMES:g} times that)" if cfg.float8 else ""
     scaled = "" if cluster.gpu == MEASURED_ON else f", scaled to {cluster.gpu} by datasheets"
     console.print(
         f"assumed: rates of one {MEASURED_ON}, the scan's fitted to newer kernels{scaled}: products at {PRODUCT_FLOP_S / 1e12:.0f} TFLOP/s{float8}, "

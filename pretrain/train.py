@@ -303,7 +303,7 @@ def main(cfg: RunConfig) -> int:
             dtype=dtype,
             recompute=cfg.parallel.activation_checkpointing,
             in_place_gradients=cfg.parallel.keeps_gradients,
-            float8=cfg.precision == "fp8",
+            float8=cfg.float8,
         )
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
@@ -367,11 +367,9 @@ def main(cfg: RunConfig) -> int:
 def _mixer_path(cfg: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
     why = why_not(device, dtype, cfg.model.headdim, cfg.model.d_state, cfg.model.d_conv)
     if why is None:
-        projections = ", projections in float8" if cfg.precision == "fp8" else ""
+        projections = ", projections in float8" if cfg.float8 else ""
         return f"mixer: fused Triton kernels, {launches.origin()}{projections}"
-    require(
-        cfg.precision != "fp8", f"precision=fp8 needs the fused kernels, and they do not run here ({why}): use bf16"
-    )
+    require(not cfg.float8, f"precision=fp8 needs the fused kernels, and they do not run here ({why}): use bf16")
     scan = "mamba-ssm's Triton scan" if device.type == "cuda" and chunk_scan() is not None else "plain PyTorch"
     return f"mixer: {scan} ({why})"
 

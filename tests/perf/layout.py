@@ -48,7 +48,7 @@ def build(cfg: RunConfig, ranks: Ranks, tp: TensorParallel, *, in_place_gradient
             dtype=compute_dtype(cfg, ranks.device),
             recompute=cfg.parallel.activation_checkpointing,
             in_place_gradients=in_place_gradients,
-            float8=cfg.precision == "fp8",
+            float8=cfg.float8,
         )
     model.to_empty(device=ranks.device)
     for parameter in model.parameters():  # values do not matter; those of a real start take a minute to draw

@@ -139,7 +139,7 @@ def measure(layouts: dict[str, RunConfig], steps: int) -> list[Row]:
             dtype=compute_dtype(cfg, ranks.device),
             recompute=cfg.parallel.activation_checkpointing,
             in_place_gradients=cfg.parallel.keeps_gradients,
-            float8=cfg.precision == "fp8",
+            float8=cfg.float8,
         )
     model.to_empty(device=ranks.device)
     model.init_weights(cfg.seed)
