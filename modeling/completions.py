@@ -185,8 +185,7 @@ def _prompts(raw: Any, vocab_size: int, text: Text, limits: Limits) -> list[list
                     f"prompt {i} is not Unicode text: character {error.start} is a lone surrogate", "prompt"
                 ) from None
             try:
-                # An empty prompt starts a new document.
-                ids = text.encode(one) or [text.eos_id]
+                ids = text.prompt_ids(one)
             except ValueError as error:
                 raise RequestError(f"prompt {i}: {error}", "prompt") from None
         elif isinstance(one, list) and one and all(_is_integer(token) for token in one):

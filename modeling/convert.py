@@ -26,8 +26,9 @@ def cut(
 ) -> tuple[StateDict, Config]:
     """The standalone model of the first `n_heads` heads of every layer: its logical state dict and its config.
 
-    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. What comes out has one width, its own full one, and computes what the nested model computes in place at `n_heads`. Tensors are
-    copies. Raises ValueError where the width or the state dict does not fit `cfg`.
+    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. What comes out has one width, its
+    own full one, and computes what the nested model computes in place at `n_heads`. Tensors are copies. Raises ValueError where
+    the width or the state dict does not fit `cfg`.
     """
     nesting.check_layer_widths(cfg.layer_widths(n_heads), cfg.n_heads, cfg.n_layers, 1, held)
     check_state(state, cfg, held)
@@ -45,7 +46,8 @@ def cut_mix(
 ) -> StateDict:
     """The parameters that the submodel `widths` (heads of each layer) uses, for a model with `held=widths`.
 
-    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. Raises ValueError where the widths or the state dict do not fit `cfg`.
+    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. Raises ValueError where the widths
+    or the state dict do not fit `cfg`.
     """
     nesting.check_layer_widths(widths, cfg.n_heads, cfg.n_layers, 1, held)
     check_state(state, cfg, held)

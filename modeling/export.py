@@ -125,7 +125,8 @@ def export(
 ) -> None:
     """Write the submodel `widths` of a model into `folder` (new or empty) in the format `target`; whole or not at all.
 
-    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. `tokenizer` is put beside a language model, `images` said of a classifier where the format has words for it.
+    `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. `tokenizer` is put beside a
+    language model, `images` said of a classifier where the format has words for it.
     Raises ValueError where the format cannot hold the submodel, FileExistsError where the folder has something in it.
     """
     if target not in FORMATS[type(cfg)]:

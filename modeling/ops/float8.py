@@ -1,10 +1,10 @@
 """Weights of projections in float8, for training: forward and in the gradient of what the projection reads.
 
-Both operands are rounded to e4m3 (arXiv 2209.05433) and every row of either has a scale of its own; sums are the matrix units' own,
-of fewer bits than float32's on Hopper (fast accumulation), results as wide as what went in. The gradient of what was read is the incoming one times the weight transposed, whose scales lie along the
-sum there: they are multiplied into the incoming gradient before that is rounded, and one rounding of the weight serves both.
-Incoming gradients are e4m3 as well: with a scale a row they are twice as near as in e5m2. Gradients of weights, sums over all
-tokens, stay products of what was not rounded.
+Both operands are rounded to e4m3 (arXiv 2209.05433) and every row of either has a scale of its own; sums are the matrix units'
+own, of fewer bits than float32's on Hopper (fast accumulation), results as wide as what went in. The gradient of what was read is
+the incoming one times the weight transposed, whose scales lie along the sum there: they are multiplied into the incoming gradient
+before that is rounded, and one rounding of the weight serves both. Incoming gradients are e4m3 as well: with a scale a row they
+are twice as near as in e5m2. Gradients of weights, sums over all tokens, stay products of what was not rounded.
 
 Letters: m tokens, n and k rows and columns of the weight.
 """
