@@ -44,6 +44,14 @@ def _quantize_rows(
 
 
 @triton.jit
+def _part_of_row(row_ptr, factor_ptr, column, width, FACTOR: tl.constexpr):
+    x = tl.load(row_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if FACTOR:
+        x *= tl.load(factor_ptr + column, mask=column < width, other=0.0)
+    return x
+
+
+@triton.jit
 def _quantize_long_rows(
     x_ptr, x_stride, factor_ptr, out_ptr, scale_ptr, width, BLOCK: tl.constexpr, FACTOR: tl.constexpr
 ):
@@ -52,16 +60,12 @@ def _quantize_long_rows(
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * x_stride + column, mask=column < width, other=0.0).to(tl.float32)
-        if FACTOR:
-            x *= tl.load(factor_ptr + column, mask=column < width, other=0.0)
+        x = _part_of_row(x_ptr + row * x_stride, factor_ptr, column, width, FACTOR)
         largest = tl.maximum(largest, tl.abs(x))
     scale = _scale_of(tl.max(largest, axis=0))
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * x_stride + column, mask=column < width, other=0.0).to(tl.float32)
-        if FACTOR:
-            x *= tl.load(factor_ptr + column, mask=column < width, other=0.0)
+        x = _part_of_row(x_ptr + row * x_stride, factor_ptr, column, width, FACTOR)
         out = (x * (1.0 / scale)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * width + column, out, mask=column < width)
     tl.store(scale_ptr + row, scale)
