@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -56,6 +57,23 @@ def prepare(folder: Path, output: Path, *more: str, inputs: tuple[str, ...] = ("
     arguments = ["--input", *(str(folder / name) for name in inputs), "--tokenizer", str(folder / "tokenizer.json")]
     arguments += ["--output", str(output), "--row-tokens", "64", "--shard-bytes", "1300", "--workers", "1"]
     return tokenize_fineweb.main([*arguments, "--val-fraction", "0.2", *more])
+
+
+@contextlib.contextmanager
+def full_disk(*, after: int) -> Iterator[None]:
+    """Inside, the disk is full once so many files have got their final names."""
+    real, n_left = shard_writer.os.replace, after
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer.os, "replace", replace)
+        yield
 
 
 def tokens(output: Path, split: str) -> list[int]:
@@ -486,23 +504,13 @@ def test_an_input_that_the_system_refuses_is_not_the_outputs_fault(
 
 
 def test_a_full_disk_keeps_nothing_half_written(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prepare(folder, tmp_path / "whole") == 0
-    real = shard_writer.os.replace
-    n_left = [5]
-
-    def full_after_five(source: Any, target: Any) -> None:
-        n_left[0] -= 1
-        if n_left[0] < 0:
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(shard_writer.os, "replace", full_after_five)
-    assert prepare(folder, tmp_path / "out") == 2
+    with full_disk(after=5):
+        assert prepare(folder, tmp_path / "out") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
-    monkeypatch.undo()
     assert prepare(folder, tmp_path / "out") == 0
     assert corpus.tree(tmp_path / "out") == corpus.tree(tmp_path / "whole")
 
@@ -527,19 +535,10 @@ def test_a_file_that_changed_in_the_middle_of_it_is_not_resumed(
     write("one")
     assert prepare(tmp_path, tmp_path / "whole", inputs=(path.name,)) == 0
     n_bytes = path.stat().st_size
-    real, n_left = shard_writer.os.replace, [15]
-
-    def full_after_some(source: Any, target: Any) -> None:
-        n_left[0] -= 1
-        if n_left[0] < 0:
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(shard_writer.os, "replace", full_after_some)
-    assert prepare(tmp_path, tmp_path / "out", inputs=(path.name,)) == 2
+    with full_disk(after=15):
+        assert prepare(tmp_path, tmp_path / "out", inputs=(path.name,)) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert (tmp_path / "out" / "train" / "shard.00001.mds").exists()
-    monkeypatch.setattr(shard_writer.os, "replace", real)
     write("two")
     assert path.stat().st_size == n_bytes
     assert prepare(tmp_path, tmp_path / "out", inputs=(path.name,)) == 2
