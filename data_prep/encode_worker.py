@@ -9,16 +9,15 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus_io import Chunk, Filters, documents, sha256_of
-from data_prep.prep_job import WORKER_KILLED, OutputError, follow_parent
+from data_prep.prep_job import WORKER_KILLED, OutputError, WorkerPool
 from data_prep.shard_schema import token_dtype
 from data_prep.tokenizers_io import TextTokenizer, open_tokenizer
 
@@ -142,28 +141,24 @@ def encode_in_order(chunks: Iterable[Chunk], settings: EncodeSettings, n_workers
         encoder = Encoder(settings)
         yield from map(encoder.encode, chunks)
         return
-    # spawn: forking a process that already runs pyarrow's and the tokenizers' threads can deadlock the child
-    pool = ProcessPoolExecutor(n_workers, get_context("spawn"), _start_worker, (settings, os.getpid()))
     waiting: list[Future[EncodedChunk]] = []
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode, chunk))
-            if len(waiting) >= CHUNKS_AHEAD * n_workers:
+        with WorkerPool(n_workers, _open_encoder, settings) as pool:
+            for chunk in chunks:
+                waiting.append(pool.submit(_encode, chunk))
+                if len(waiting) >= CHUNKS_AHEAD * n_workers:
+                    yield waiting.pop(0).result()
+            while waiting:
                 yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
     except BrokenProcessPool:
         raise OutputError(WORKER_KILLED) from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 _encoder: Encoder | None = None
 
 
-def _start_worker(settings: EncodeSettings, parent: int) -> None:
+def _open_encoder(settings: EncodeSettings) -> None:
     global _encoder  # noqa: PLW0603 - the one place where a pool's worker can keep its tokenizer
-    follow_parent(parent)
     _encoder = Encoder(settings)
 
 

@@ -8,14 +8,12 @@ any number of jobs and workers. The last step joins the records: indexes, the lo
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,9 @@ from data_prep.prep_job import (
     PROGRESS_FOLDER,
     WORKER_KILLED,
     OutputError,
+    WorkerPool,
     already_finished,
     check_settings,
-    follow_parent,
     git_commit,
     locked,
     remove_progress,
@@ -188,19 +186,17 @@ class ImagePreparation:
             for task in todo:
                 yield task, make_shards(task, *job)
             return
-        pool = ProcessPoolExecutor(self.n_workers, get_context("spawn"), follow_parent, (os.getpid(),))
         running: dict[Future[Counter[str]], Task] = {}
         try:
-            for task in todo:
-                running[pool.submit(make_shards, task, *job)] = task
-                if len(running) >= TASKS_AHEAD * self.n_workers:
+            with WorkerPool(self.n_workers) as pool:
+                for task in todo:
+                    running[pool.submit(make_shards, task, *job)] = task
+                    if len(running) >= TASKS_AHEAD * self.n_workers:
+                        yield from _done(running)
+                while running:
                     yield from _done(running)
-            while running:
-                yield from _done(running)
         except BrokenProcessPool:
             raise OutputError(f"{self.output}: {WORKER_KILLED}") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _join(self, tasks: list[Task]) -> int:
         """Indexes, log and manifest of the finished shards."""

@@ -8,7 +8,10 @@ import fcntl
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +78,37 @@ def remove_progress(output: Path) -> None:
         (output / PROGRESS_FOLDER).rmdir()
 
 
-def follow_parent(parent: int) -> None:
-    """Called in a worker process: leave Ctrl-C to the process `parent`, and die with it even where it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
+class WorkerPool(ProcessPoolExecutor):
+    """`n_workers` processes that leave Ctrl-C to this one and die with it, each begun with `start(*arguments)`.
+
+    Spawned: forking a process that already runs pyarrow's and the tokenizers' threads can deadlock the child. Where a
+    worker was killed, or none could be started, `submit`, `map` and the futures raise BrokenProcessPool. Leaving the
+    `with` waits for nothing and cancels what has not begun.
+    """
+
+    def __init__(self, n_workers: int, start: Callable[..., object] | None = None, *arguments: object) -> None:
+        super().__init__(n_workers, get_context("spawn"), _start_worker, (os.getpid(), start, arguments))
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except OSError as error:
+            # It starts workers, and finds the pipes shut where another was killed a moment ago; or there is no memory.
+            raise BrokenProcessPool(f"a worker process could not be started: {error}") from error
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(parent: int, start: Callable[..., object] | None, arguments: tuple[object, ...]) -> None:
+    """In a worker: leave Ctrl-C to the process `parent`, which ends the pool, and die with it even where it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    if start is not None:
+        start(*arguments)
 
 
 def cores() -> int:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from data_prep.image_codec import JpegError, Pixels, decode_rgb
 from data_prep.image_schema import ImageManifest, read_image_manifest
-from data_prep.prep_job import follow_parent
+from data_prep.prep_job import WorkerPool
 from data_prep.shard_reader import ShardError, read_image_shard, split_index
 from data_prep.shard_schema import SPLITS
 
@@ -88,7 +85,7 @@ def _reports(jobs: list[tuple[Path, dict[str, Any], int]], n_workers: int) -> It
     if min(n_workers, len(jobs)) <= 1:
         yield from map(check_shard, jobs)
         return
-    with ProcessPoolExecutor(n_workers, get_context("spawn"), follow_parent, (os.getpid(),)) as pool:
+    with WorkerPool(n_workers) as pool:
         yield from pool.map(check_shard, jobs)
 
 

@@ -27,6 +27,7 @@ from data_prep import (
     encode_worker,
     export_llmc,
     fast_bpe,
+    prep_job,
     preparation,
     shard_writer,
     tokenize_fineweb,
@@ -577,6 +578,21 @@ def test_a_killed_worker_is_an_error_in_one_line(
     assert "error: a worker process was killed" in capsys.readouterr().err
     monkeypatch.undo()
     assert prepare(folder, tmp_path / "out") == 0
+
+
+def test_a_worker_that_dies_while_another_starts_is_no_error_of_the_disk(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool shuts its pipes when it finds one dead, and the start of another meets them: OSError, handle is closed."""
+    real = prep_job.WorkerPool.__init__
+
+    def with_shut_pipes(pool: Any, *arguments: Any) -> None:
+        real(pool, *arguments)
+        pool._call_queue._reader.close()
+
+    monkeypatch.setattr(prep_job.WorkerPool, "__init__", with_shut_pipes)
+    assert prepare(folder, tmp_path / "out", "--workers", "2") == 2
+    assert "error: a worker process was killed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
