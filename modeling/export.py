@@ -204,7 +204,7 @@ def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
         "model_type": "mamba2",
         "num_heads": cfg.n_heads,
         "head_dim": cfg.headdim,
-        "vocab_size": cfg.n_vocab_rows,
+        "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
         "state_size": cfg.d_state,
         "num_hidden_layers": cfg.n_layers,
@@ -227,9 +227,20 @@ def hf_config(cfg: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _vocabulary_alone(theirs: StateDict, cfg: LanguageConfig) -> StateDict:
+    """What is written under another's names: without the embedding's rows past the vocabulary.
+
+    They are padding for tensor parallelism. No token has them, but a sampler that knows the number of rows alone would draw them.
+    """
+    rows = {"backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.weight", "embedding.weight"}
+    cut_off = {name: tensor[: cfg.vocab_size] if name in rows else tensor for name, tensor in theirs.items()}
+    return {name: tensor.contiguous() for name, tensor in cut_off.items()}
+
+
 def _write_hf(folder: Path, state: StateDict, cfg: LanguageConfig, dtype: torch.dtype) -> None:
-    theirs = {name: tensor.contiguous() for name, tensor in to_hf(state, cfg).items()}
-    save_file(_cast(theirs, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        _vocabulary_alone(to_hf(_cast(state, dtype), cfg), cfg), folder / "model.safetensors", metadata={"format": "pt"}
+    )
     (folder / "config.json").write_text(json.dumps(hf_config(cfg, dtype), indent=1) + "\n")
 
 
@@ -247,11 +258,9 @@ def _write_remote_code(
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{key: value for key, value in asdict(cfg).items() if key != "expand"},  # n_heads and headdim say it
     }
-    # Rows of the embedding past the vocabulary are padding for tensor parallelism: no token has them.
-    theirs = {**state, "embedding.weight": state["embedding"][: cfg.vocab_size]}
+    theirs = {**state, "embedding.weight": state["embedding"]}
     del theirs["embedding"]
-    whole = {name: tensor.contiguous() for name, tensor in theirs.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_vocabulary_alone(theirs, cfg), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(about, indent=1) + "\n")
     shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
 
@@ -266,7 +275,7 @@ def _write_mamba_ssm(folder: Path, state: StateDict, cfg: LanguageConfig, dtype:
         "d_model": cfg.d_model,
         "d_intermediate": 0,
         "n_layer": cfg.n_layers,
-        "vocab_size": cfg.n_vocab_rows,
+        "vocab_size": cfg.vocab_size,
         "ssm_cfg": {
             "layer": "Mamba2",
             "headdim": cfg.headdim,
@@ -284,8 +293,7 @@ def _write_mamba_ssm(folder: Path, state: StateDict, cfg: LanguageConfig, dtype:
         "tie_embeddings": True,
     }
     # The one file here that is a pickle: mamba-ssm loads no other.
-    theirs = {name: tensor.contiguous() for name, tensor in to_mamba_ssm(state, cfg).items()}
-    torch.save(_cast(theirs, dtype), folder / "pytorch_model.bin")
+    torch.save(_vocabulary_alone(to_mamba_ssm(_cast(state, dtype), cfg), cfg), folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from modeling import export as export_module
@@ -43,9 +44,26 @@ def tokens_bt() -> Tensor:
     return torch.randint(0, 100, (2, 37), generator=torch.Generator().manual_seed(1))
 
 
+def test_no_row_beside_the_vocabulary_is_written_that_another_would_draw_from(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """`generate` of transformers and of mamba-ssm samples from as many rows as there are."""
+    assert state["embedding"].shape[0] > CFG.vocab_size
+    for target, file, name in (
+        ("hf", "model.safetensors", "embeddings"),
+        ("mamba_ssm", "pytorch_model.bin", "embedding"),
+    ):
+        export(state, CFG, CFG.layer_widths(8), target, tmp_path / target)
+        path = tmp_path / target / file
+        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        assert loaded[f"backbone.{name}.weight"].shape[0] == CFG.vocab_size
+        assert json.loads((tmp_path / target / "config.json").read_text())["vocab_size"] == CFG.vocab_size
+
+
 @torch.no_grad()
 def in_place(model: LanguageModel, tokens_bt: Tensor, widths: nesting.LayerWidths) -> Tensor:
-    return model.logits(model(tokens_bt, widths))
+    """Logits of the vocabulary."""
+    return model.logits(model(tokens_bt, widths))[..., : CFG.vocab_size]
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -131,7 +149,7 @@ def test_what_was_cut_out_and_calibrated_is_exported_again(
         assert torch.equal(in_place(ours, tokens_bt, widths), expected)
         with torch.no_grad():
             theirs = AutoModelForCausalLM.from_pretrained(exported("remote_code", *width), trust_remote_code=True)
-            assert relative(theirs.eval()(tokens_bt).logits, expected[..., : CFG.vocab_size]) < TOLERANCE
+            assert relative(theirs.eval()(tokens_bt).logits, expected) < TOLERANCE
             if len(set(widths)) == 1:
                 theirs = Mamba2ForCausalLM.from_pretrained(exported("hf", *width)).eval()
                 assert relative(theirs(tokens_bt).logits, expected) < TOLERANCE

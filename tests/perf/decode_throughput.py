@@ -127,6 +127,7 @@ def transformers(state: State, cfg: LanguageConfig) -> tuple[Decoder, Any, int]:
     # Its plain path pads the prompt to a chunk and holds (chunk, chunk, heads, d_state) a sequence: 2 GB at 256.
     cfg = replace(cfg, chunk_size=PROMPT_TOKENS)
     about = {k: v for k, v in hf_config(cfg, torch.bfloat16).items() if k not in ("architectures", "model_type")}
+    about["vocab_size"] = cfg.n_vocab_rows  # as many rows as ours multiplies
     with torch.device("meta"):
         model = Mamba2ForCausalLM(Mamba2Config(**about))
     theirs = {name: t.to("cuda", torch.bfloat16) for name, t in to_hf(state, cfg).items()}
