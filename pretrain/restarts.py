@@ -102,7 +102,7 @@ def decide(
     batch script was told to stop, and told the ranks.
     """
     if code == 0:
-        return False, "finished"
+        return False, f"ended in order; the newest checkpoint is of step {step}"
     if code == EXIT_MISUSED:
         return False, "misused: mend the command or the config"
     # A job that its user cancelled is no longer RUNNING, and must stay cancelled whatever its last exit code was.
@@ -111,7 +111,7 @@ def decide(
     if restarts >= max_restarts:
         return False, f"stopped after {restarts} restarts (MAX_RESTARTS={max_restarts})"
     if code == EXIT_REQUEUE:
-        return True, f"stopped in order and saved at step {step}"
+        return True, f"stopped in order; the newest checkpoint is of step {step}"
     if _ended_too_early_to_save(code, told=told):
         return True, f"told to stop before it could save (code {code}); the newest checkpoint is of step {step}"
     count = crashes_without_progress(events, step)

@@ -46,11 +46,19 @@ def test_crashes_without_progress(events: list[Event], step: int, count: int) ->
 @pytest.mark.parametrize(
     ("code", "events", "step", "restarts", "state", "requeue", "says"),
     [
-        (0, [start(0), end(9, 0)], 9, 0, "RUNNING", False, "finished"),
+        (0, [start(0), end(9, 0)], 9, 0, "RUNNING", False, "ended in order; the newest checkpoint is of step 9"),
         (2, [start(0), end(0, 2)], 0, 0, "RUNNING", False, "misused"),
-        (75, [start(0), end(9, 75)], 9, 0, "RUNNING", True, "saved at step 9"),
+        (75, [start(0), end(9, 75)], 9, 0, "RUNNING", True, "stopped in order; the newest checkpoint is of step 9"),
         (75, [start(0), end(9, 75)], 9, 0, "CANCELLED", False, "CANCELLED"),
-        (75, [start(0), end(9, 75)], 9, 0, "", True, "saved at step 9"),  # the controller did not answer
+        (
+            75,
+            [start(0), end(9, 75)],
+            9,
+            0,
+            "",
+            True,
+            "stopped in order; the newest checkpoint is of step 9",
+        ),  # the controller did not answer
         (75, [start(0), end(9, 75)], 9, 3, "RUNNING", False, "MAX_RESTARTS=3"),
         (137, [start(0), end(9, 137)], 9, 0, "RUNNING", True, "code 137"),
         (1, [start(0), end(0, 1)], 0, 0, "RUNNING", True, "code 1"),

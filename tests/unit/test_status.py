@@ -78,8 +78,8 @@ def test_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ("ends", "state"),
     [
         ([], "finished"),
-        ([{"code": 75, "requeue": True, "why": "stopped in order"}, {"code": 0, "why": "finished"}], "finished"),
-        ([{"code": 0, "why": "finished"}, {}], "finished"),  # a start that finds nothing to do
+        ([{"code": 75, "requeue": True, "why": "stopped in order"}, {"code": 0, "why": "ended in order"}], "finished"),
+        ([{"code": 0, "why": "ended in order"}, {}], "finished"),  # a start that finds nothing to do
         ([{"code": 1, "requeue": False, "why": "crash loop: 2 starts"}], "stopped: crash loop: 2 starts"),
         ([{"code": 1, "requeue": True, "why": "crashed with code 1"}], "requeued: crashed with code 1"),
         ([{"code": 1, "requeue": True, "why": "crashed with code 1"}, {}], "training"),
