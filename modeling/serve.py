@@ -163,7 +163,9 @@ def build_app(served: Served) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        request = parse(await _body(http, served.limits), served.model, served.name, served.text, served.limits)
+        body = await _body(http, served.limits)
+        # In a thread: ids of a text as large as a body may be take a second, and others wait for their next token.
+        request = await asyncio.to_thread(parse, body, served.model, served.name, served.text, served.limits)
         told: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         job = Job(request, lambda item: _tell(loop, told, item))

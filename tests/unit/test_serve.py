@@ -208,6 +208,26 @@ def test_a_cut_out_model_offers_what_it_holds_and_runs_it_unasked(
         assert "but this model was cut to" in refused.json()["error"]["message"]
 
 
+def test_a_prompt_that_takes_long_to_encode_keeps_nobody_waiting() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(prompt: str) -> list[int]:
+        begun.set()
+        assert go_on.wait(60)
+        return BYTES.encode(prompt)
+
+    slow = replace(served(), text=replace(BYTES, encode=slowly))
+    with TestClient(build_app(slow)) as client:
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda: answers.append(ask(client)))
+        asking.start()
+        assert begun.wait(60)
+        assert client.get("/health", timeout=30).json() == {"status": "ok", "waiting": 0}
+        go_on.set()
+        asking.join(60)
+    assert answers[0]["usage"]["prompt_tokens"] == 3
+
+
 def test_a_full_line_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
     """One request holds the model, one waits, and the third is told at once."""
     from modeling import request_queue
