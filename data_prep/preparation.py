@@ -342,10 +342,12 @@ def merge_parts(output: Path) -> int:
     remove_progress(output)
     counts = ", ".join(f"{split} {manifest.n_tokens[split]:,} tokens" for split in SPLITS)
     print(f"{output}: {counts}; skipped {manifest.extra['skipped'] or 'none'}")
-    if not manifest.n_tokens["val"]:
-        print(
-            "the val split is empty, and pretrain needs one: prepare again with a larger --val-fraction, into a new --output"
-        )
+    for split, option in (("train", "smaller"), ("val", "larger")):
+        if not manifest.n_tokens[split]:
+            print(
+                f"the {split} split is empty, and pretrain needs both: prepare again with a {option} --val-fraction, into a "
+                "new --output"
+            )
     return 0
 
 

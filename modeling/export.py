@@ -43,6 +43,7 @@ from modeling.export_vision import classes_of, write_matmamba_vision, write_timm
 from modeling.model_folder import (
     CONFIG_NAME,
     ImageUse,
+    check_new,
     load_model,
     read_images,
     save_model,
@@ -132,8 +133,6 @@ def export(
     if target not in FORMATS[type(cfg)]:
         kind = "an image classifier" if isinstance(cfg, VisionConfig) else "a language model"
         raise ValueError(f"format {target!r}: {kind}'s must be one of {', '.join(FORMATS[type(cfg)])}")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: name a new folder")
     if images is None and isinstance(cfg, VisionConfig):
         images = ImageUse()
     with written_whole(folder) as work:
@@ -320,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     lacks_tokenizer = ""
     try:
+        check_new(args.output)
         source = read_source(args.checkpoint, weights=args.weights)
         cfg, data, widths = source.cfg, source.data, source.held
         if args.width is not None:

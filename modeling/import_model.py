@@ -38,7 +38,9 @@ from modeling.export import export
 from modeling.head_order import importance_order, reorder_heads
 from modeling.import_vision import PATCHES, read_vision
 from modeling.language import LanguageModel
+from modeling.model_folder import check_new
 from modeling.nesting import check_layer_widths, parse_width
+from modeling.text import open_text
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")
@@ -254,9 +256,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return about
 
 
-def _tokenizer_of(source: Path, given: Path | None) -> Path | None:
+def _tokenizer_of(source: Path, given: Path | None, vocab_size: int) -> Path | None:
+    """The file to put beside a model of `vocab_size` tokens: what was `given`, or the source's. Raises ValueError."""
     beside = source / "tokenizer.json"
-    return given or (beside if beside.is_file() else None)
+    tokenizer = given or (beside if beside.is_file() else None)
+    if tokenizer is not None:
+        try:
+            open_text(str(tokenizer), vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{error}; --no-tokenizer imports the model without one") from None
+    return tokenizer
 
 
 def describe(cfg: LanguageConfig | VisionConfig, folder: Path) -> str:
@@ -289,8 +298,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer file to put beside; default: the source's tokenizer.json"
     )
+    parser.add_argument(
+        "--no-tokenizer",
+        action="store_true",
+        help="put none beside: the source's is not for these tools, or not its own",
+    )
     args = parser.parse_args(argv)
     try:
+        check_new(args.output)
+        if args.no_tokenizer and args.tokenizer is not None:
+            raise ValueError("--no-tokenizer and --tokenizer: say one of them")
         state, cfg = read_model(args.source, vocab_size=args.vocab_size)
         nested = len(cfg.widths) > 1 or not isinstance(cfg, LanguageConfig)
         if args.widths is not None:
@@ -305,7 +322,9 @@ def main(argv: list[str] | None = None) -> int:
             state = reorder_heads(state, cfg, orders)
             n_moved = sum(place != head for order in orders for place, head in enumerate(order))
             moved = f"; {n_moved} of {cfg.n_layers * cfg.n_heads} heads have a new place"
-        tokenizer = _tokenizer_of(args.source, args.tokenizer) if isinstance(cfg, LanguageConfig) else None
+        tokenizer = None
+        if isinstance(cfg, LanguageConfig) and not args.no_tokenizer:
+            tokenizer = _tokenizer_of(args.source, args.tokenizer, cfg.vocab_size)
         export(state, cfg, cfg.layer_widths(cfg.n_heads), "matmamba", args.output, tokenizer=tokenizer)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

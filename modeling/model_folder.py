@@ -37,12 +37,20 @@ class ModelFolderError(ValueError):
     """A folder that is no model of ours, or a damaged one; the message says which file and what is wrong."""
 
 
+def check_new(folder: Path) -> None:
+    """Raise FileExistsError unless `folder` is a new or an empty one: asked before the work that fills it."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is {'not empty' if folder.is_dir() else 'a file'}: name a new folder")
+
+
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` (new or empty) at the end; where something is raised nothing of it stays.
 
     Raises OSError where nothing can be made there, before anything is written.
     """
+    check_new(folder)
+    folder = folder.resolve()  # "." has no name to rename to, and a link would be replaced by what it points at
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         work = Path(aside) / "model"
@@ -99,6 +107,10 @@ def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
     try:
         about = json.loads(path.read_text())
         kind = FORMATS.get(about.get("format"))
+        if "format" not in about and ("model_type" in about or "ssm_cfg" in about):
+            raise ModelFolderError(
+                f"{path} is another library's: python -m modeling.import_model {folder} -o NEW_FOLDER makes it one of ours"
+            )
         if kind is None or about.get("version") != VERSION:
             raise ModelFolderError(
                 f"{path}: format {about.get('format')!r} version {about.get('version')!r}; this code reads "

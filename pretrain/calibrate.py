@@ -21,7 +21,7 @@ from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.convert import cut_mix
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
-from modeling.model_folder import save_model, written_whole
+from modeling.model_folder import check_new, save_model, written_whole
 from modeling.nesting import LayerWidths
 from modeling.search import read_widths
 from pretrain.checkpoint_model import data_at, find_checkpoint, load_language_model
@@ -117,8 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.steps < 1 or args.batch < 1 or not 0 < args.lr < 1:
             raise ValueError(f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g}: out of range")
-        if args.output.exists():
-            raise FileExistsError(f"{args.output} exists: name a new folder")
+        check_new(args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         whole, cfg = load_language_model(args.checkpoint)
         widths = read_widths(args.width, cfg.model.n_heads, cfg.model.n_layers)

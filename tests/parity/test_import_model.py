@@ -16,14 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modeling import import_model
 from modeling.config import LanguageConfig
 from modeling.convert import to_mamba_ssm
 from modeling.export import export
 from modeling.head_order import head_importance, importance_order, reorder_heads
 from modeling.import_model import ImportModelError, main, read_model
 from modeling.language import LanguageModel
-from modeling.model_folder import load_model
+from modeling.model_folder import ModelFolderError, load_model
 from tests.parity.oracles import mamba_ssm_ref_logits
+from tests.parity.test_generate_cli import write_tokenizer
 
 CFG = LanguageConfig(n_layers=3, d_model=64, headdim=16, widths=(8, 4, 2, 1), d_state=16, chunk_size=16, vocab_size=128)
 TOLERANCE = 1e-5
@@ -319,3 +321,44 @@ def test_widths_that_do_not_fit_are_refused(
     export(state, replace(CFG, widths=(8,)), CFG.layer_widths(8), "hf", tmp_path / "theirs")
     assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours"), "--widths", "1,1/3"]) == 2
     assert "width '1/3' of n_heads=8" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_does_not_fit_is_left_out_when_asked(
+    state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Many models stand beside a tokenizer with another name for the end of a text, or with more ids than rows."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    export(state, CFG, CFG.layer_widths(8), "hf", theirs)
+    write_tokenizer(theirs / "tokenizer.json")
+    assert main([str(theirs), "-o", str(ours)]) == 2
+    said = capsys.readouterr().err
+    assert "it was trained with another tokenizer; --no-tokenizer imports the model without one" in said
+    assert main([str(theirs), "-o", str(ours), "--no-tokenizer", "--tokenizer", "x.json"]) == 2
+    assert not ours.exists()
+    assert main([str(theirs), "-o", str(ours), "--no-tokenizer"]) == 0
+    assert sorted(path.name for path in ours.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_output_is_asked_for_before_the_weights_are_read(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(state, CFG, CFG.layer_widths(8), "hf", tmp_path / "theirs")
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_model, "read_model", lambda *_, **__: pytest.fail("they were read"))
+        for output, says in ((".", "is not empty"), ("file", "is a file")):
+            assert main([str(tmp_path / "theirs"), "-o", output]) == 2
+            assert f"{output} {says}" in capsys.readouterr().err
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([str(tmp_path / "theirs"), "-o", "."]) == 0
+    assert load_model(tmp_path / "link").cfg == replace(CFG, widths=(8,))
+
+
+def test_a_folder_of_anothers_is_not_called_damaged(state: dict[str, Tensor], tmp_path: Path) -> None:
+    for target in ("hf", "mamba_ssm", "remote_code"):
+        export(state, CFG, CFG.layer_widths(8), target, tmp_path / target)
+        with pytest.raises(ModelFolderError, match=r"is another library's: python -m modeling\.import_model"):
+            load_model(tmp_path / target)
