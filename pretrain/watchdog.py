@@ -50,7 +50,6 @@ class Watchdog:
         self._folder, self._rank = Path(run_dir) / "hang", rank
         self._least_s = hang_seconds(LEAST_S) if least_s is None else least_s
         self._heartbeats = heartbeats
-        self._silent: list[str] = []
         self._is_asked = False  # then whoever asked reports, and ends the rank
         self._lock = threading.Lock()
         self._last = time.monotonic()
@@ -59,6 +58,8 @@ class Watchdog:
         self._paused = False
         self._durations: deque[float] = deque(maxlen=REMEMBERED)
         self._done = threading.Event()
+        if heartbeats is not None:
+            heartbeats.start(lambda: self._step)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -86,6 +87,8 @@ class Watchdog:
         """Watch no longer."""
         self._done.set()
         self._thread.join()
+        if self._heartbeats is not None:
+            self._heartbeats.stop()
 
     def lost_ranks(self) -> list[str]:
         """The ranks that fell silent, in words, after waiting long enough to be sure; empty without heartbeats."""
@@ -93,9 +96,9 @@ class Watchdog:
             return []
         self._is_asked = True
         end = time.monotonic() + self._heartbeats.lost_s + 4 * self._heartbeats.interval_s
-        while not self._silent and time.monotonic() < end:
+        while not (silent := self._heartbeats.silent()) and time.monotonic() < end:
             time.sleep(0.1)
-        return self._silent
+        return silent
 
     def bound_s(self) -> float | None:
         """Seconds without a step after which the rank is ended; None while nothing is watched."""
@@ -106,21 +109,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(1.0, self._least_s / 4)
+        lost_s = math.inf
         if self._heartbeats is not None:
+            lost_s = self._heartbeats.lost_s
             pause = min(pause, self._heartbeats.interval_s)
-        spoke = -math.inf
+        were_silent = False
         while not self._done.wait(pause):
             now = time.monotonic()
             with self._lock:
                 bound, waited, step = self.bound_s(), now - self._last, self._step
-            if self._heartbeats is not None and now - spoke >= self._heartbeats.interval_s:
-                spoke = now
-                self._heartbeats.say(step)
-                self._silent = self._heartbeats.silent()
-                if self._silent and waited > self._heartbeats.lost_s and not self._is_asked:
-                    self._end(f"{'; '.join(self._silent)}: lost, and no step for {waited:.0f} s")
+            silent = [] if self._heartbeats is None else self._heartbeats.silent()
+            # Looked at twice: where this process itself stood still, it may look before it has listened again.
+            if silent and were_silent and waited > lost_s and not self._is_asked:
+                self._end(f"{'; '.join(silent)}: lost, and no step for {waited:.0f} s")
+            were_silent = bool(silent)
             if bound is not None and waited > bound:
-                others = "; ".join(self._silent) or "every rank is alive, so the stacks tell which one stands still"
+                if not silent and self._heartbeats is not None:
+                    silent = self._heartbeats.unanswered(2 * self._heartbeats.interval_s)
+                others = "; ".join(silent) or "every rank is alive, so the stacks tell which one stands still"
                 self._end(
                     f"no step for {waited:.0f} s after step {step} (bound {bound:.0f} s, HANG_SECONDS sets its least); {others}"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import train
+from pretrain import heartbeat, train
 from pretrain.config import RunConfig
 from pretrain.distributed import RankError
 from pretrain.metrics import read_metrics
-from pretrain.watchdog import EXIT_HANG
+from pretrain.watchdog import EXIT_HANG, STEPS_BEFORE
 from tests.distributed.harness import RankFailedError, run_ranks, start_ranks
 from tests.distributed.toy_run import run_config
 
@@ -31,10 +32,10 @@ def train_and_report(cfg: RunConfig, folder: Path) -> None:
         os._exit(1)
 
 
-def wait_for_a_step(cfg: RunConfig) -> None:
+def wait_for_a_step(cfg: RunConfig, step: int = 3) -> None:
     metrics = Path(cfg.run_dir) / "metrics.jsonl"
     end = time.monotonic() + 60
-    while not (metrics.exists() and any(record["step"] >= 3 for record in read_metrics(metrics))):
+    while not (metrics.exists() and any(record["step"] >= step for record in read_metrics(metrics))):
         assert time.monotonic() < end, "no step in a minute"
         time.sleep(0.02)
 
@@ -64,23 +65,45 @@ def test_a_killed_rank_is_named_by_the_other(
     assert f"rank {victim} on " in (tmp_path / f"said_{1 - victim}").read_text()
 
 
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_and_the_others_leave(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    victim: int, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rank 0 too, in whose process everybody listens to everybody: then no call comes back."""
     monkeypatch.setenv("LOST_SECONDS", str(LOST_S))
     cfg = run_config(dataset, tmp_path, optim={"steps": 100_000})
     processes = start_ranks(2, train.main, cfg)
     try:
         wait_for_a_step(cfg)
-        os.kill(processes[1].pid, signal.SIGSTOP)
-        join(processes[:1], within_s=3 * LOST_S + 15)
+        os.kill(processes[victim].pid, signal.SIGSTOP)
+        join([processes[1 - victim]], within_s=3 * LOST_S + 15)
     finally:
         for process in processes:
             process.kill()
-    assert processes[0].exitcode == EXIT_HANG
-    said = (tmp_path / "hang" / "rank_00000.txt").read_text()
-    assert "rank 1 on " in said.splitlines()[0]
+    assert processes[1 - victim].exitcode == EXIT_HANG
+    said = (tmp_path / "hang" / f"rank_{1 - victim:05}.txt").read_text()
+    assert f"rank {victim} on {socket.gethostname()} (silent for" in said.splitlines()[0]
     assert "lost, and no step for" in said.splitlines()[0]
+
+
+def test_where_rank_0_stands_still_the_bound_on_a_step_still_holds(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOST_SECONDS", "60")
+    monkeypatch.setenv("HANG_SECONDS", "3")
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.5)
+    cfg = run_config(dataset, tmp_path, optim={"steps": 100_000})
+    processes = start_ranks(2, train.main, cfg)
+    try:
+        wait_for_a_step(cfg, step=STEPS_BEFORE + 3)
+        os.kill(processes[0].pid, signal.SIGSTOP)
+        join(processes[1:], within_s=30)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1].exitcode == EXIT_HANG
+    said = (tmp_path / "hang" / "rank_00001.txt").read_text().splitlines()[0]
+    assert f"HANG_SECONDS sets its least); rank 0 on {socket.gethostname()} (silent for" in said
 
 
 def flip_a_bit(tensor: torch.Tensor) -> None:
