@@ -77,7 +77,7 @@ class RowStore:
         mend = "Put back a whole copy of it"
         if self._is_fetched:
             mend = "Delete it, so that it is fetched again from data.path"
-        elif any(shard.compression for shard in self._dataset.shards):  # type: ignore[attr-defined]
+        elif any(shard.compression for shard in self._dataset.shards):
             mend = "Delete it, so that it is unpacked again from the compressed file beside it"
         return f"{mend}; or prepare the data again. data_prep/verify_shards.py DIR lists every damaged shard"
 
