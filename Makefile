@@ -30,7 +30,7 @@ $(UV):
 	.uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 # Compiled here, once: where Python may not write beside its modules (PYTHONDONTWRITEBYTECODE, as in many images; a folder that
-# is read-only on the nodes) every process would compile torch and DeepSpeed anew: a start of 27 s for one of 9.
+# is read-only on the nodes) every process would compile torch and DeepSpeed anew, and start in 27 s instead of 9.
 $(STAMP): $(UV) pyproject.toml uv.lock
 	$(UV) sync --frozen --compile-bytecode --python $(PYTHON)
 	@touch $@

@@ -212,16 +212,23 @@ class RunConfig:
         """Data-parallel replicas of `world_size` ranks. Raises ConfigError where the layout does not fit."""
         tp = self.parallel.tensor
         require(world_size >= 1, f"{world_size} ranks: there must be at least one")
-        require(world_size % tp == 0, f"{world_size} ranks are not a multiple of parallel.tensor={tp}")
+        require(
+            world_size % tp == 0, f"{world_size} ranks are not a multiple of parallel.tensor={tp}: change one of them"
+        )
         return world_size // tp
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches of a step on one rank. Raises ConfigError where they do not come out whole."""
         dp = self.data_parallel(world_size)
         sequences, micro = self.data.sequences_per_step, self.data.micro_batch
+        share, left_over = divmod(sequences, dp)
+        if left_over:
+            way_out = f"{dp} replicas cannot share the step evenly: change it or the number of ranks"
+        else:
+            way_out = f"use data.micro_batch={max(n for n in range(1, micro + 1) if share % n == 0)}"
         require(
             sequences % (dp * micro) == 0,
-            f"{self.step_size}: not a multiple of data-parallel size {dp} x data.micro_batch={micro}",
+            f"{self.step_size}: not a multiple of data-parallel size {dp} x data.micro_batch={micro}: {way_out}",
         )
         return sequences // (dp * micro)
 

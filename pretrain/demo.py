@@ -7,6 +7,7 @@ and text from two widths. Everything lands in demo/.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -34,8 +35,12 @@ PROMPT = "Return the"
 console = Console()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run every stage; returns 0 where all of them did what they should."""
+    # It takes no options; --help and what is mistyped must not remove the last demo and train for minutes.
+    argparse.ArgumentParser(
+        prog="python -m pretrain.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     start = time.monotonic()
     clear()
     text = str(FOLDER / "text" / "*.parquet")

@@ -55,11 +55,6 @@ class RowStore:
     `path` is a folder or a remote URI; `cache_dir`, where given, is the local folder into which shards are copied.
     """
 
-    way_out = (
-        "Delete it so that it is fetched again from data.path, or, if data.path itself is damaged, prepare the "
-        "data again; data_prep/verify_shards.py lists every damaged shard"
-    )
-
     def __init__(self, path: str, split: str, *, cache_dir: str = "") -> None:
         self.split = split
         local = cache_dir or path
@@ -70,10 +65,21 @@ class RowStore:
             )
         weakref.finalize(self, _release, _segments(self._dataset), os.getpid())
         self.rows_per_shard: NDArray[np.int64] = self._dataset.samples_per_shard.copy()
+        self._is_fetched = bool(cache_dir)
         self._files: list[Any] = [shard.raw_data for shard in self._dataset.shards]  # type: ignore[attr-defined]
         # Shared with the loader processes that are forked from this one: one of them checks a shard for all. Two that
         # are both first check it twice.
         self._checked = torch.zeros(len(self._files), dtype=torch.bool).share_memory_().numpy()
+
+    @property
+    def way_out(self) -> str:
+        """What to do about a shard that cannot be read. Only what was copied from elsewhere may be deleted."""
+        mend = "Put back a whole copy of it"
+        if self._is_fetched:
+            mend = "Delete it, so that it is fetched again from data.path"
+        elif any(shard.compression for shard in self._dataset.shards):
+            mend = "Delete it, so that it is unpacked again from the compressed file beside it"
+        return f"{mend}; or prepare the data again. data_prep/verify_shards.py DIR lists every damaged shard"
 
     @property
     def n_rows(self) -> int:

@@ -247,3 +247,21 @@ def test_shipped_config_loads_and_divides(path: Path) -> None:
     cfg = load_config(path)
     assert len(cfg.model.widths) == 4
     assert cfg.grad_accum_steps(2) >= 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "tensor", "message"),
+    [
+        (4, 4, 1, r"data\.micro_batch=4: use data\.micro_batch=2$"),  # 8 sequences over 4 replicas
+        (1, 12, 1, r"data\.micro_batch=12: use data\.micro_batch=8$"),
+        (1, 3, 1, r"data\.micro_batch=3: use data\.micro_batch=2$"),
+        (3, 1, 1, r"data\.micro_batch=1: 3 replicas cannot share the step evenly: change it or the number of ranks$"),
+        (3, 1, 2, r"3 ranks are not a multiple of parallel\.tensor=2: change one of them$"),
+    ],
+)
+def test_a_step_that_does_not_come_out_says_what_would(ranks: int, micro_batch: int, tensor: int, message: str) -> None:
+    raw = base()
+    raw["data"]["micro_batch"] = micro_batch
+    raw["parallel"] = {"tensor": tensor}
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(raw).grad_accum_steps(ranks)

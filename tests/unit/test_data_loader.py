@@ -223,6 +223,20 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         check_dataset(config(path), VOCAB)
 
 
+@pytest.mark.parametrize("fetched", [False, True])
+def test_only_a_fetched_copy_of_a_damaged_shard_is_to_be_deleted(fetched: bool, tmp_path: Path) -> None:
+    """Where data.path is read in place, the damaged file is the only one there is."""
+    path = write_dataset(tmp_path / "made")
+    cache = tmp_path / "cache"
+    one = loader(config(path, cache_dir=str(cache) if fetched else "", n_workers=0))
+    shard = path / "train" / "shard.00002.mds"
+    shard.write_bytes(shard.read_bytes()[:-3] + bytes(3))
+    with pytest.raises(DatasetError, match=r"Delete it" if fetched else r"damaged\. Put back a whole copy") as error:
+        take_steps(one, 8)
+    assert ("Delete it" in str(error.value)) == fetched
+    one.close()
+
+
 def test_a_token_beyond_the_vocabulary_is_named(dataset: Path) -> None:
     one = TokenLoader(
         config(dataset), split="train", vocab_size=200, seed=7, dp_rank=0, dp_size=1, n_sequences_per_step=82

@@ -9,6 +9,24 @@ import pytest
 from pretrain import demo
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--steps=9", 2)])
+def test_what_only_asks_or_is_mistyped_leaves_the_last_demo_alone(
+    argument: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_stage(*_: object) -> None:
+        raise AssertionError("a stage of the demo ran")
+
+    monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
+    monkeypatch.setattr(demo, "step", no_stage)
+    (tmp_path / "demo").mkdir()
+    picture = tmp_path / "demo" / "losses.png"
+    picture.touch()
+    with pytest.raises(SystemExit) as end:
+        demo.main([argument])
+    assert end.value.code == code
+    assert picture.exists()
+
+
 def test_a_new_demo_removes_what_the_last_one_made_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,7 +150,11 @@ def search(seconds: float) -> launches.Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling.ops.kernels.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--seconds", type=float, default=180, help="begin nothing new after so many")
     parser.add_argument("--out", type=Path, help="write there instead of where runs look")
     args = parser.parse_args()
