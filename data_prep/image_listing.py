@@ -214,7 +214,7 @@ def _bytes(text: str) -> bytes:
 
 def _lines(path: str, option: str) -> list[str]:
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # spreadsheets put a mark before the first
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{option} {path}: cannot be read ({error})") from None
     return [line.strip() for line in lines if line.strip()]

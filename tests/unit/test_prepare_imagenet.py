@@ -134,6 +134,26 @@ def test_labels_are_of_whole_names(
     assert "two images of val are called scanned.4" in capsys.readouterr().err
 
 
+def test_a_byte_order_mark_is_part_of_no_name(folder: Path, tmp_path: Path) -> None:
+    """Windows' editors and spreadsheets write one before the first line."""
+    train = {f"{label}-{i}.{kind}": data for label in range(3) for i in range(2) for kind, data in _numbered(label)}
+    write_tar(tmp_path / "train.tar", train)
+    (tmp_path / "names").write_text("".join(f"{name}\r\n" for name in CLASSES), encoding="utf-8-sig")
+    named = ("--class-names", str(tmp_path / "names"))
+    numbered = ("--train", str(tmp_path / "train.tar"), "--val-fraction", "0.5")
+    assert prepare(tmp_path / "numbered", *numbered, *named) == 0
+    assert read_image_manifest(tmp_path / "numbered").classes == CLASSES
+    write_tree(tmp_path / "val", {f"{i}.jpg": WHOLE for i in range(3)})
+    (tmp_path / "labels").write_text("\n".join(CLASSES), encoding="utf-8-sig")
+    labelled = ("--val", str(tmp_path / "val"), "--val-labels", str(tmp_path / "labels"))
+    assert prepare(tmp_path / "labelled", "--train", str(folder / "train"), *labelled) == 0
+    assert [label for _, label, _ in contents(tmp_path / "labelled", "val")] == [0, 1, 2]
+
+
+def _numbered(label: int) -> list[tuple[str, bytes]]:
+    return [("jpg", WHOLE), ("cls", str(label).encode())]
+
+
 def test_archives_of_class_folders_and_of_one_class_each(
     originals: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
