@@ -165,12 +165,17 @@ def _parquet_payloads(
 
 
 def check_columns(path: str, names: list[str], text_column: str, filters: Filters) -> None:
-    """Raise InputError unless the text column and each filter's column are among `names`."""
+    """Raise InputError unless the text column and each filter's column are among `names`, once."""
     if text_column not in names:
         raise InputError(f"{path}: no column {text_column!r}; it has {', '.join(names)}. Name one with --text-column")
     for column, option in filters.columns().items():
         if column not in names:
             raise InputError(f"{path}: {option} needs a column {column!r}; it has {', '.join(names)}")
+    for column in (text_column, *filters.columns()):
+        if names.count(column) > 1:
+            raise InputError(
+                f"{path}: {names.count(column)} columns are called {column!r}: give each a name of its own"
+            )
 
 
 def _line_payloads(source: Source) -> Iterator[tuple[bytes, float]]:

@@ -200,6 +200,16 @@ def test_compressed_lines_are_read_and_cut_ones_refused(tmp_path: Path) -> None:
             list(chunks(0, Source(str(tmp_path / name), len(data)), ["text"], Filters()))
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    texts = pa.array(["a text"])
+    pq.write_table(pa.Table.from_arrays([texts, texts, texts], names=["text", "other", "other"]), path)
+    source = Source(str(path), path.stat().st_size)
+    assert len(list(chunks(0, source, ["text"], Filters()))) == 2
+    with pytest.raises(InputError, match=r"x\.parquet: 2 columns are called 'other'"):
+        list(chunks(0, source, ["other"], Filters()))
+
+
 @pytest.mark.parametrize("window_log", [28, 31])
 def test_frames_that_reach_far_back_are_read(tmp_path: Path, window_log: int) -> None:
     """As `zstd --long` makes them. This one is written by hand: one raw block, and no size that would bound the window."""
