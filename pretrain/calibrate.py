@@ -115,8 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     ranks = None
     try:
-        if args.steps < 1 or args.batch < 1 or not 0 < args.lr < 1:
-            raise ValueError(f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g}: out of range")
+        if min(args.steps, args.batch, args.sequences) < 1 or not 0 < args.lr < 1:
+            raise ValueError(
+                f"--steps {args.steps} --batch {args.batch} --sequences {args.sequences} --lr {args.lr:g}: out of range"
+            )
         check_new(args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         whole, cfg = load_language_model(args.checkpoint)

@@ -77,6 +77,7 @@ def test_norms_alone_are_fitted_and_the_loss_falls(
     [
         (["--width", "1,1,1"], "3 widths for 2 layers"),
         (["--width", "1,1/4", "--steps", "0"], "out of range"),
+        (["--width", "1,1/4", "--sequences", "-1"], "--sequences -1"),
         (["--width", "1,1/4", "--batch", "3"], "multiple of the run's data.micro_batch=2"),
         (["--width", "1,1/4", "--data", "nowhere"], "nowhere"),
     ],
