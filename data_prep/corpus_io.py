@@ -27,6 +27,8 @@ from data_prep.corpus_files import COMPRESSED_SUFFIXES, InputError, Source, kind
 
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 1 << 30
+MAX_WINDOW_BYTES = 1 << 31
+"""How far back a zstd frame may reach: all that `zstd --long=31` makes, as large dumps are packed; its own readers stop at 128 MiB."""
 BINARY_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 LARGE_GROUP_BYTES = 256 << 20
 LARGE_GROUP_DOCUMENTS = 512
@@ -163,12 +165,17 @@ def _parquet_payloads(
 
 
 def check_columns(path: str, names: list[str], text_column: str, filters: Filters) -> None:
-    """Raise InputError unless the text column and each filter's column are among `names`."""
+    """Raise InputError unless the text column and each filter's column are among `names`, once."""
     if text_column not in names:
         raise InputError(f"{path}: no column {text_column!r}; it has {', '.join(names)}. Name one with --text-column")
     for column, option in filters.columns().items():
         if column not in names:
             raise InputError(f"{path}: {option} needs a column {column!r}; it has {', '.join(names)}")
+    for column in (text_column, *filters.columns()):
+        if names.count(column) > 1:
+            raise InputError(
+                f"{path}: {names.count(column)} columns are called {column!r}: give each a name of its own"
+            )
 
 
 def _line_payloads(source: Source) -> Iterator[tuple[bytes, float]]:
@@ -213,7 +220,8 @@ def _decompressed(path: str, raw: Any) -> Any:
             import zstandard
         except ImportError:
             raise InputError(f"{path}: install zstandard (pip install 'matmamba-pretrain[data]')") from None
-        stream = io.BufferedReader(_WholeFrames(stream, zstandard.ZstdDecompressor()), BLOCK_BYTES)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        stream = io.BufferedReader(_WholeFrames(stream, decompressor), BLOCK_BYTES)
     return stream
 
 

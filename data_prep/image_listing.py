@@ -185,7 +185,8 @@ def _files(path: str, option: str) -> list[str]:
     """The archives and parquet files that a source names, or the folder itself where it holds neither."""
     if Path(path).is_dir():
         folders = (Path(path), Path(path) / "data")
-        inside = sorted(str(p) for folder in folders for kind in ("*.tar", "*.parquet") for p in folder.glob(kind))
+        kinds = ("[!.]*.tar", "[!.]*.parquet")  # what is hidden is left out, as among class folders
+        inside = sorted(str(p) for folder in folders for kind in kinds for p in folder.glob(kind))
         if inside and (loose := next(iter(in_folder(Path(path))), None)) is not None:
             raise InputError(
                 f"{option} {path}: holds archives or parquet files ({Path(inside[0]).name}) and image files "
@@ -213,7 +214,7 @@ def _bytes(text: str) -> bytes:
 
 def _lines(path: str, option: str) -> list[str]:
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # spreadsheets put a mark before the first
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{option} {path}: cannot be read ({error})") from None
     return [line.strip() for line in lines if line.strip()]

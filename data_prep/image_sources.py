@@ -63,7 +63,7 @@ def in_tar(path: str) -> Iterator[Found]:
         with tarfile.open(path, "r:") as outer:
             numbers = _numbers_beside(outer, path)
             for member in outer:
-                if member.isfile() and member.name.endswith(".tar"):
+                if member.isfile() and member.name.endswith(".tar") and not _is_hidden(member):
                     inside = outer.extractfile(member)
                     assert inside is not None, "a regular file can be read"
                     with tarfile.open(fileobj=inside, mode="r:") as inner:
@@ -92,8 +92,7 @@ def _image_members(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarI
 
 def _is_image(member: tarfile.TarInfo, archive: str) -> bool:
     """Raises InputError for an image, or an archive of them, that is a link: it would be missing without a word."""
-    hidden = any(part.startswith(".") for part in Path(member.name).parts)
-    if hidden or not member.name.lower().endswith((*IMAGE_SUFFIXES, ".tar")):
+    if _is_hidden(member) or not member.name.lower().endswith((*IMAGE_SUFFIXES, ".tar")):
         return False
     if member.issym() or member.islnk():
         raise InputError(
@@ -103,11 +102,16 @@ def _is_image(member: tarfile.TarInfo, archive: str) -> bool:
     return member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def _is_hidden(member: tarfile.TarInfo) -> bool:
+    """As in folders: a Mac's tar packs what it knows of KEY.cls beside it, as ._KEY.cls."""
+    return any(part.startswith(".") for part in Path(member.name).parts)
+
+
 def _numbers_beside(archive: tarfile.TarFile, path: str) -> dict[str, int]:
     """webdataset's classes: the number in KEY.cls is of the image KEY.jpg. Raises InputError where it is no number."""
     numbers: dict[str, int] = {}
     for member in archive:
-        if member.isfile() and member.name.endswith(".cls"):
+        if member.isfile() and member.name.endswith(".cls") and not _is_hidden(member):
             file = archive.extractfile(member)
             assert file is not None, "a regular file can be read"
             try:

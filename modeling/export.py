@@ -45,6 +45,7 @@ from modeling.model_folder import (
     ImageUse,
     check_new,
     load_model,
+    put_tokenizer,
     read_images,
     save_model,
     tokenizer_beside,
@@ -176,14 +177,13 @@ def _cast(state: StateDict, dtype: torch.dtype) -> StateDict:
 def _add_tokenizer(folder: Path, tokenizer: Path, cfg: LanguageConfig, target: str) -> None:
     """Put the tokenizer beside the model, and tell transformers of it; raises ValueError where it is another model's."""
     eos_id = open_text(str(tokenizer), cfg.vocab_size).eos_id
-    is_json = tokenizer.suffix == ".json"
-    shutil.copyfile(tokenizer, folder / ("tokenizer.json" if is_json else tokenizer.name))
+    put_tokenizer(folder, tokenizer)
     if target not in ("hf", "remote_code"):
         return
     path = folder / CONFIG_NAME
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
     path.write_text(json.dumps({**json.loads(path.read_text()), **ids}, indent=1) + "\n")
-    if is_json:  # transformers makes nothing of a sentencepiece file without knowing whose it is
+    if tokenizer.suffix == ".json":  # transformers makes nothing of a sentencepiece file without knowing whose it is
         vocab = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
         eos = next(token for token, i in vocab.items() if i == eos_id)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos}

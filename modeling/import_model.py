@@ -38,7 +38,7 @@ from modeling.export import export
 from modeling.head_order import importance_order, reorder_heads
 from modeling.import_vision import PATCHES, read_vision
 from modeling.language import LanguageModel
-from modeling.model_folder import check_new
+from modeling.model_folder import check_new, tokenizer_beside
 from modeling.nesting import check_layer_widths, parse_width
 from modeling.text import open_text
 
@@ -258,8 +258,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _tokenizer_of(source: Path, given: Path | None, vocab_size: int) -> Path | None:
     """The file to put beside a model of `vocab_size` tokens: what was `given`, or the source's. Raises ValueError."""
-    beside = source / "tokenizer.json"
-    tokenizer = given or (beside if beside.is_file() else None)
+    beside = tokenizer_beside(source)
+    tokenizer = given or (Path(beside) if beside else None)
     if tokenizer is not None:
         try:
             open_text(str(tokenizer), vocab_size)
@@ -295,9 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         "--reorder-heads", action="store_true", help="put each layer's most important heads first (modeling.head_order)"
     )
     parser.add_argument("--vocab-size", type=int, help="tokens of the tokenizer, where the source does not say")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="tokenizer file to put beside; default: the source's tokenizer.json"
-    )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file to put beside; default: the source's")
     parser.add_argument(
         "--no-tokenizer",
         action="store_true",

@@ -6,6 +6,7 @@ It holds the whole nested model, a width, or a mix of widths per layer; a cut mo
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -128,6 +129,11 @@ def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFolderError(f"{path} does not describe a model: {error}") from None
     return cfg, held
+
+
+def put_tokenizer(folder: Path, tokenizer: Path) -> None:
+    """Copy a tokenizer's file into a model's folder, under a name by which `tokenizer_beside` and others find it."""
+    shutil.copyfile(tokenizer, folder / ("tokenizer.json" if tokenizer.suffix == ".json" else tokenizer.name))
 
 
 def tokenizer_beside(folder: Path) -> str:

@@ -4,8 +4,8 @@
 
 A mix that was never trained has each layer fed by others than it was trained with, so the scales that its norms learnt are
 off. They are a thousandth of the parameters: a fit takes minutes, and cannot undo what the model knows. What is written is a
-model folder of the cut-out submodel alone, with its loss on held-out sequences before and after; the run is left as it was,
-and its other widths know nothing of the fit.
+model folder of the cut-out submodel alone, the run's tokenizer beside it, with its loss on held-out sequences before and after;
+the run is left as it was, and its other widths know nothing of the fit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.convert import cut_mix
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
-from modeling.model_folder import check_new, save_model, written_whole
+from modeling.model_folder import check_new, put_tokenizer, save_model, written_whole
 from modeling.nesting import LayerWidths
 from modeling.search import read_widths
 from pretrain.checkpoint_model import data_at, find_checkpoint, load_language_model
@@ -115,8 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     ranks = None
     try:
-        if args.steps < 1 or args.batch < 1 or not 0 < args.lr < 1:
-            raise ValueError(f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g}: out of range")
+        if min(args.steps, args.batch, args.sequences) < 1 or not 0 < args.lr < 1:
+            raise ValueError(
+                f"--steps {args.steps} --batch {args.batch} --sequences {args.sequences} --lr {args.lr:g}: out of range"
+            )
         check_new(args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         whole, cfg = load_language_model(args.checkpoint)
@@ -157,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         # Whole or not at all: what is left of a kill would be refused by the next try.
         with written_whole(args.output) as work:
             save_model(work, state, cfg.model, widths)
+            if Path(data.tokenizer).is_file():
+                put_tokenizer(work, Path(data.tokenizer))
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_prep.shard_schema import MANIFEST_NAME, file_sha256, read_manifest
 from modeling.model_folder import load_language_model as load_folder
 from modeling.open_model import open_model
 from pretrain import calibrate, train
@@ -23,9 +26,15 @@ MIX = (8, 2)
 
 @pytest.fixture(scope="module")
 def run_dir(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir: Path = tmp_path_factory.mktemp("calibrate") / "run"
-    assert run_ranks(1, train.main, run_config(dataset, run_dir)) == [0]
-    return run_dir
+    folder: Path = tmp_path_factory.mktemp("calibrate")
+    tokenizer = folder / "bytes.model"  # nothing is encoded here: that it goes along is what is asked
+    tokenizer.write_bytes(b"pieces")
+    shards = shutil.copytree(dataset, folder / "shards")
+    manifest = replace(read_manifest(shards), tokenizer_sha256=file_sha256(tokenizer))
+    (shards / MANIFEST_NAME).write_text(manifest.text())
+    cfg = run_config(shards, folder / "run", data={"tokenizer": str(tokenizer)})
+    assert run_ranks(1, train.main, cfg) == [0]
+    return folder / "run"
 
 
 def plain_losses(run_dir: Path, folder: Path) -> tuple[float, float]:
@@ -58,7 +67,9 @@ def test_norms_alone_are_fitted_and_the_loss_falls(
         if not torch.equal(new, old)
     }
     assert moved == {"final_norm", *(f"blocks.{i}.{name}" for i in (0, 1) for name in ("norm", "mixer.gated_norm"))}
-    assert open_model(tmp_path / "mix").model.own_width == "8h,2h"
+    opened = open_model(tmp_path / "mix")
+    assert opened.model.own_width == "8h,2h"
+    assert Path(opened.tokenizer).read_bytes() == b"pieces"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +77,7 @@ def test_norms_alone_are_fitted_and_the_loss_falls(
     [
         (["--width", "1,1,1"], "3 widths for 2 layers"),
         (["--width", "1,1/4", "--steps", "0"], "out of range"),
+        (["--width", "1,1/4", "--sequences", "-1"], "--sequences -1"),
         (["--width", "1,1/4", "--batch", "3"], "multiple of the run's data.micro_batch=2"),
         (["--width", "1,1/4", "--data", "nowhere"], "nowhere"),
     ],

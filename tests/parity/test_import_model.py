@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_prep import train_tokenizer
 from modeling import import_model
 from modeling.config import LanguageConfig
 from modeling.convert import to_mamba_ssm
@@ -23,7 +24,7 @@ from modeling.export import export
 from modeling.head_order import head_importance, importance_order, reorder_heads
 from modeling.import_model import ImportModelError, main, read_model
 from modeling.language import LanguageModel
-from modeling.model_folder import ModelFolderError, load_model
+from modeling.model_folder import ModelFolderError, load_model, tokenizer_beside
 from tests.parity.oracles import mamba_ssm_ref_logits
 from tests.parity.test_generate_cli import write_tokenizer
 
@@ -337,6 +338,17 @@ def test_a_tokenizer_that_does_not_fit_is_left_out_when_asked(
     assert not ours.exists()
     assert main([str(theirs), "-o", str(ours), "--no-tokenizer"]) == 0
     assert sorted(path.name for path in ours.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_sentencepiece_file_goes_along_too(state: dict[str, Tensor], tmp_path: Path) -> None:
+    cfg = replace(CFG, vocab_size=300)
+    pieces = train_tokenizer.train(
+        iter(["a few words to train on"] * 20), vocab_size=280, model_type="bpe", n_threads=1
+    )
+    (tmp_path / "own.model").write_bytes(pieces)
+    export(state, cfg, cfg.layer_widths(8), "remote_code", tmp_path / "theirs", tokenizer=tmp_path / "own.model")
+    assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 0
+    assert Path(tokenizer_beside(tmp_path / "ours")).read_bytes() == pieces
 
 
 def test_the_output_is_asked_for_before_the_weights_are_read(

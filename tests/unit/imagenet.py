@@ -30,6 +30,7 @@ def write_tree(root: Path, images: dict[str, bytes]) -> Path:
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)

@@ -19,7 +19,7 @@ from data_prep.image_listing import Listing
 from data_prep.image_plan import plan
 from data_prep.image_preparation import MDS_CONFIG, sample_bytes
 from data_prep.image_schema import IMAGE_COLUMNS, read_image_manifest
-from data_prep.image_sources import ImageRef
+from data_prep.image_sources import ImageRef, in_tar
 from data_prep.shard_writer import mds_file
 from pretrain.image_config import ImageDataConfig
 from pretrain.images import check_image_dataset
@@ -134,6 +134,26 @@ def test_labels_are_of_whole_names(
     assert "two images of val are called scanned.4" in capsys.readouterr().err
 
 
+def test_a_byte_order_mark_is_part_of_no_name(folder: Path, tmp_path: Path) -> None:
+    """Windows' editors and spreadsheets write one before the first line."""
+    train = {f"{label}-{i}.{kind}": data for label in range(3) for i in range(2) for kind, data in _numbered(label)}
+    write_tar(tmp_path / "train.tar", train)
+    (tmp_path / "names").write_text("".join(f"{name}\r\n" for name in CLASSES), encoding="utf-8-sig")
+    named = ("--class-names", str(tmp_path / "names"))
+    numbered = ("--train", str(tmp_path / "train.tar"), "--val-fraction", "0.5")
+    assert prepare(tmp_path / "numbered", *numbered, *named) == 0
+    assert read_image_manifest(tmp_path / "numbered").classes == CLASSES
+    write_tree(tmp_path / "val", {f"{i}.jpg": WHOLE for i in range(3)})
+    (tmp_path / "labels").write_text("\n".join(CLASSES), encoding="utf-8-sig")
+    labelled = ("--val", str(tmp_path / "val"), "--val-labels", str(tmp_path / "labels"))
+    assert prepare(tmp_path / "labelled", "--train", str(folder / "train"), *labelled) == 0
+    assert [label for _, label, _ in contents(tmp_path / "labelled", "val")] == [0, 1, 2]
+
+
+def _numbered(label: int) -> list[tuple[str, bytes]]:
+    return [("jpg", WHOLE), ("cls", str(label).encode())]
+
+
 def test_archives_of_class_folders_and_of_one_class_each(
     originals: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -146,6 +166,31 @@ def test_archives_of_class_folders_and_of_one_class_each(
     val = write_tar(tmp_path / "v.tar", {f"./x/{name}": data for name, data in originals["val"].items()})
     assert prepare(tmp_path / "out", "--train", str(tmp_path / "train"), "--val", str(val)) == 0
     assert_is(tmp_path / "out", originals)
+
+
+def test_what_is_hidden_beside_archives_and_in_them_is_left_out(
+    originals: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """What a Mac knows of a file lies beside it as ._NAME, whatever NAME ends in."""
+    inner, flat = {}, {}
+    for label, name in enumerate(CLASSES):
+        images = {n.split("/")[1]: data for n, data in originals["train"].items() if n.startswith(name)}
+        inner[f"{name}.tar"] = write_tar(tmp_path / "train" / f"{name}.tar", images).read_bytes()
+        inner[f"._{name}.tar"] = WHOLE
+        (tmp_path / "train" / f"._{name}.tar").write_bytes(WHOLE)
+        (tmp_path / "train" / f"._{name}.parquet").write_bytes(WHOLE)
+        flat |= {f"{name}.jpg": WHOLE, f"{name}.cls": str(label).encode(), f"._{name}.cls": WHOLE}
+    whole = write_tar(tmp_path / "whole.tar", inner)
+    val = write_tar(tmp_path / "val.tar", {f"{name}/a.jpg": WHOLE for name in CLASSES})
+    for number, train in enumerate((tmp_path / "train", whole)):
+        assert prepare(tmp_path / f"{number}", "--train", str(train), "--val", str(val)) == 0
+        assert read_image_manifest(tmp_path / f"{number}").images_per_class["train"] == [N_TRAIN] * len(CLASSES)
+    numbered = in_tar(str(write_tar(tmp_path / "numbered.tar", flat)))
+    assert [(found.class_name, found.ref.name) for found in numbered] == [
+        (0, "ant.jpg"),
+        (1, "bee.jpg"),
+        (2, "cat.jpg"),
+    ]
 
 
 def test_webdataset_archives(originals: dict[str, dict[str, bytes]], tmp_path: Path) -> None:

@@ -200,6 +200,28 @@ def test_compressed_lines_are_read_and_cut_ones_refused(tmp_path: Path) -> None:
             list(chunks(0, Source(str(tmp_path / name), len(data)), ["text"], Filters()))
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    texts = pa.array(["a text"])
+    pq.write_table(pa.Table.from_arrays([texts, texts, texts], names=["text", "other", "other"]), path)
+    source = Source(str(path), path.stat().st_size)
+    assert len(list(chunks(0, source, ["text"], Filters()))) == 2
+    with pytest.raises(InputError, match=r"x\.parquet: 2 columns are called 'other'"):
+        list(chunks(0, source, ["other"], Filters()))
+
+
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_frames_that_reach_far_back_are_read(tmp_path: Path, window_log: int) -> None:
+    """As `zstd --long` makes them. This one is written by hand: one raw block, and no size that would bound the window."""
+    pytest.importorskip("zstandard", reason="needs the optional extra [data]: zstandard")
+    lines = corpus.write_jsonl(tmp_path / "p.jsonl", list(corpus.texts(5))).read_bytes()
+    header = 0xFD2FB528.to_bytes(4, "little") + bytes([0, (window_log - 10) << 3])
+    data = header + (len(lines) << 3 | 1).to_bytes(3, "little") + lines
+    (tmp_path / "far.jsonl.zst").write_bytes(data)
+    found = chunks(0, Source(str(tmp_path / "far.jsonl.zst"), len(data)), ["text"], Filters())
+    assert [chunk.payload for chunk in found] == [lines, None]
+
+
 def test_blocks_hold_whole_lines_and_resume_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_io, "BLOCK_BYTES", 100)
     path = corpus.write_jsonl(tmp_path / "p.jsonl", list(corpus.texts(20)))
