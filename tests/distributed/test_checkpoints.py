@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from pretrain.config_io import config_to_yaml
 from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.restarts import EXIT_REQUEUE
 from pretrain.retention import BEST, note_losses, read_best
+from pretrain.stopping import Stop, StopWatch
 from tests.distributed.harness import RankFailedError, run_python, run_ranks, start_ranks
 from tests.distributed.toy_run import damage, losses, run_config, train_until
 
@@ -180,6 +182,20 @@ def test_a_run_saves_before_the_jobs_time_limit(dataset: Path, tmp_path: Path, m
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 60)))
     assert run_ranks(2, train.main, cfg) == [0, 0]
     assert steps_on_disk(cfg) == [1, 10]
+
+
+def test_a_clock_that_is_set_ahead_is_no_slow_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.stopping.signal.signal", lambda *_: None)
+    monkeypatch.setenv("SLURM_JOB_START_TIME", str(int(time.time())))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 10 * 3600)))
+    alone = SimpleNamespace(is_main=True, agree_max=int)
+    watch = StopWatch(tmp_path, alone, margin_s=120)  # type: ignore[arg-type]
+    assert watch.ask(0) is Stop.NO
+    wall_clock = time.time
+    monkeypatch.setattr("pretrain.stopping.time.time", lambda: wall_clock() + 6 * 3600)
+    assert watch.ask(0) is Stop.NO  # four hours are left, and steps take no time
+    monkeypatch.setattr("pretrain.stopping.time.time", lambda: wall_clock() + 10 * 3600)
+    assert watch.ask(0) is Stop.TIME_LIMIT
 
 
 def train_over_bad_data(cfg: RunConfig, first: int, n: int) -> int:
