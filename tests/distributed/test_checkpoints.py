@@ -169,6 +169,25 @@ def test_a_finished_run_leaves_no_stop_to_one_with_more_steps(dataset: Path, tmp
     assert not (tmp_path / "stop").exists()
 
 
+def touch_stop_while_a_signal_is_obeyed(cfg: RunConfig) -> int:
+    save = train.save
+
+    def touching(run: train.Run, *, wait: bool) -> None:
+        (Path(cfg.run_dir) / "stop").touch()
+        save(run, wait=wait)
+
+    train.save = touching
+    return train_until(cfg, 0)
+
+
+def test_a_stop_that_a_signal_came_before_ends_the_next_start(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path)
+    assert run_ranks(1, touch_stop_while_a_signal_is_obeyed, cfg) == [EXIT_REQUEUE]
+    assert run_ranks(1, train.main, cfg) == [0]
+    assert steps_on_disk(cfg) == [1, 2]
+    assert not (tmp_path / "stop").exists()
+
+
 def test_a_run_saves_before_the_jobs_time_limit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = run_config(dataset, tmp_path)
     now = time.time()
