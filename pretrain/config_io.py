@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         raw = yaml.load(Path(path).read_text(), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # PyYAML leaves the 30th of February to datetime
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     _require(isinstance(raw, dict), f"config {path}: must be a mapping of sections")
     for override in overrides:
@@ -96,7 +96,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     _require(bool(equals) and bool(key), f"override {override!r}: write section.field=value")
     try:
         value = yaml.load(text, Loader=_Loader) if text else ""
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     *sections, name = key.split(".")
     node = raw
@@ -161,7 +161,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             raise ConfigError(f"{where}={value!r}: must be a number") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: has {len(str(value))} digits, must be a finite number") from None
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))

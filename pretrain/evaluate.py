@@ -47,11 +47,19 @@ def check_writable(path: Path | None) -> None:
         raise ValueError(f"{path}: cannot be written as a file, name another")
 
 
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; a run that diverged may have more than a float can hold."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def line_of(scores: Scores) -> str:
     """What validation said, for people."""
     loss = f"loss {scores['loss']:.4f}"
     shares = [f"{name} {scores[name]:.2%}" for name in scores if name != "loss"]
-    return ", ".join([loss, *(shares or [f"perplexity {math.exp(scores['loss']):.3f}"])])
+    return ", ".join([loss, *(shares or [f"perplexity {perplexity(scores['loss']):.3f}"])])
 
 
 def main(argv: list[str] | None = None) -> int:

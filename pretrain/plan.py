@@ -91,7 +91,7 @@ class Cluster:
             raise ConfigError(f"--nodes {self.nodes} --gpus-per-node {self.gpus_per_node}: both must be at least 1")
         if self.gpu not in GPUS:
             raise ConfigError(f"--gpu {self.gpu}: known are {', '.join(GPUS)}")
-        if self.nvlink_gb_s <= 0 or self.network_gb_s <= 0:
+        if not (self.nvlink_gb_s > 0 and self.network_gb_s > 0):  # NaN is not above 0 either
             raise ConfigError("--nvlink-gb-s and --network-gb-s must be positive")
 
     @property

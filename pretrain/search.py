@@ -10,7 +10,6 @@ pretrain.calibrate, and as `width=@presets.json:NAME` by modeling.lm_eval.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from pretrain.checkpoint_model import data_at, load_language_model
 from pretrain.data import Batch, validation_batches
 from pretrain.dataset_check import check_dataset
 from pretrain.distributed import Ranks, close_ranks, init_ranks
-from pretrain.evaluate import check_writable
+from pretrain.evaluate import check_writable, perplexity
 from pretrain.language_task import submodel_losses
 
 COSTS = {"parameters": "parameters", "flops": "FLOPs a token", "memory": "bytes", "latency": "seconds a step"}
@@ -171,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         for point in points:
             over = "" if point.trained else f"{point.loss - search.interpolated(trained, point.cost):+.4f}"
             print(
-                f"{point.name:>14} {point.cost:>14.6g} {point.loss:>8.4f} {math.exp(point.loss):>11.3f} {over:>14}  "
+                f"{point.name:>14} {point.cost:>14.6g} {point.loss:>8.4f} {perplexity(point.loss):>11.3f} {over:>14}  "
                 f"{','.join(f'{n}h' for n in point.widths)}"
             )
         if args.output is not None:

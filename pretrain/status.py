@@ -6,6 +6,7 @@ import argparse
 import base64
 import html
 import io
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -51,13 +52,13 @@ class RunStatus:
         """finished, training, silent (no record for a while), stopped (with the reason), or not started.
 
         A run at its last step whose last end that was noted had another exit code than 0 is not finished: its last checkpoint may
-        have been refused.
+        have been refused. It was where the validation there is not finite, which is told without a batch script's notes too.
         """
         if self.last is None:
             return self._stopped() or "not started"
         last_end = next((event for event in reversed(self.events) if event["event"] == "end"), None)
         if self.last["step"] >= self.n_steps and (last_end is None or last_end["code"] == 0):
-            return "finished"
+            return "finished" if self._is_sound() else "stopped: the last validation is not finite"
         age = time.time() - self.last["time"]
         stopped = self._stopped()
         if stopped:
@@ -68,6 +69,10 @@ class RunStatus:
     def restarts(self) -> int:
         """Starts after the first."""
         return max(0, sum(event["event"] == "start" for event in self.events) - 1)
+
+    def _is_sound(self) -> bool:
+        """Whether no loss of the newest validation, if there is one, is other than finite."""
+        return self.last_eval is None or all(map(math.isfinite, self.last_eval["loss"].values()))
 
     def _another_job_trains(self, end: dict[str, Any]) -> bool:
         """Whether `end` is of a job that found the folder in use: one that has not ended has written a record since."""

@@ -62,14 +62,14 @@ class StopWatch:
 
         `save_s`: seconds that the slowest save so far took.
         """
-        now = time.time()
+        now = time.monotonic()  # of which a step is measured: the clock may be set in between
         if self._last is not None:
             self._slowest_step_s = max(self._slowest_step_s, now - self._last)
         self._last = now
         mine = Stop.SIGNAL if self._signalled else Stop.NO
         if self._ranks.is_main and mine is Stop.NO:
             needed = self._margin_s + save_s + self._slowest_step_s
-            if self._margin_s and self._end is not None and now + needed > self._end:
+            if self._margin_s and self._end is not None and time.time() + needed > self._end:
                 mine = Stop.TIME_LIMIT
             elif self._file.exists():
                 mine = Stop.FILE

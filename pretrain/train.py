@@ -128,8 +128,10 @@ def train(run: Run) -> int:
         run.watchdog.beat(run.state.step)
         if stop and not last:
             run.report("event", {"step": run.state.step, "event": stop.text})
+            if stop is not Stop.FILE:
+                return EXIT_REQUEUE  # a file beside the signal is for the start that follows: nobody else would obey it
             run.stop.obeyed()
-            return 0 if stop is Stop.FILE else EXIT_REQUEUE
+            return 0
     run.stop.obeyed()  # asked for in the last step, or while that was validated
     check_last_steps(run.state)  # here, so that a start that finds nothing left to do ends like the one before it
     return 0

@@ -74,14 +74,15 @@ class Watchdog:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens inside is no part of a step, and may take longer."""
+        """What happens inside is no part of a step, and may take longer; the step's own time before it counts."""
         with self._lock:
+            worked_s = time.monotonic() - self._last
             self._paused, self._last = True, time.monotonic()
         try:
             yield
         finally:
             with self._lock:
-                self._paused, self._last = False, time.monotonic()
+                self._paused, self._last = False, time.monotonic() - worked_s
 
     def stop(self) -> None:
         """Watch no longer."""

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from pretrain.config_io import config_to_yaml
 from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.restarts import EXIT_REQUEUE
 from pretrain.retention import BEST, note_losses, read_best
+from pretrain.stopping import Stop, StopWatch
 from tests.distributed.harness import RankFailedError, run_python, run_ranks, start_ranks
 from tests.distributed.toy_run import damage, losses, run_config, train_until
 
@@ -167,6 +169,25 @@ def test_a_finished_run_leaves_no_stop_to_one_with_more_steps(dataset: Path, tmp
     assert not (tmp_path / "stop").exists()
 
 
+def touch_stop_while_a_signal_is_obeyed(cfg: RunConfig) -> int:
+    save = train.save
+
+    def touching(run: train.Run, *, wait: bool) -> None:
+        (Path(cfg.run_dir) / "stop").touch()
+        save(run, wait=wait)
+
+    train.save = touching
+    return train_until(cfg, 0)
+
+
+def test_a_stop_that_a_signal_came_before_ends_the_next_start(dataset: Path, tmp_path: Path) -> None:
+    cfg = run_config(dataset, tmp_path)
+    assert run_ranks(1, touch_stop_while_a_signal_is_obeyed, cfg) == [EXIT_REQUEUE]
+    assert run_ranks(1, train.main, cfg) == [0]
+    assert steps_on_disk(cfg) == [1, 2]
+    assert not (tmp_path / "stop").exists()
+
+
 def test_a_run_saves_before_the_jobs_time_limit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = run_config(dataset, tmp_path)
     now = time.time()
@@ -180,6 +201,20 @@ def test_a_run_saves_before_the_jobs_time_limit(dataset: Path, tmp_path: Path, m
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 60)))
     assert run_ranks(2, train.main, cfg) == [0, 0]
     assert steps_on_disk(cfg) == [1, 10]
+
+
+def test_a_clock_that_is_set_ahead_is_no_slow_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.stopping.signal.signal", lambda *_: None)
+    monkeypatch.setenv("SLURM_JOB_START_TIME", str(int(time.time())))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 10 * 3600)))
+    alone = SimpleNamespace(is_main=True, agree_max=int)
+    watch = StopWatch(tmp_path, alone, margin_s=120)  # type: ignore[arg-type]
+    assert watch.ask(0) is Stop.NO
+    wall_clock = time.time
+    monkeypatch.setattr("pretrain.stopping.time.time", lambda: wall_clock() + 6 * 3600)
+    assert watch.ask(0) is Stop.NO  # four hours are left, and steps take no time
+    monkeypatch.setattr("pretrain.stopping.time.time", lambda: wall_clock() + 10 * 3600)
+    assert watch.ask(0) is Stop.TIME_LIMIT
 
 
 def train_over_bad_data(cfg: RunConfig, first: int, n: int) -> int:

@@ -74,6 +74,19 @@ def test_the_bound_follows_the_run(tmp_path: Path) -> None:
     watchdog.stop()
 
 
+def test_a_step_is_measured_without_its_pause(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, 0, least_s=1.0)
+    for step in range(STEPS_BEFORE + 4):
+        time.sleep(0.1)
+        with watchdog.pause():  # as in training: before the beat, in every step
+            time.sleep(0.3)
+        watchdog.beat(step)
+    bound = watchdog.bound_s()
+    watchdog.stop()
+    assert bound is not None
+    assert 20 * 0.1 <= bound < 20 * 0.3
+
+
 def _no_room(folder: str) -> str:
     usage = namedtuple("usage", "total used free")
     shutil.disk_usage = lambda path: usage(10, 10, 1000)  # type: ignore[assignment]

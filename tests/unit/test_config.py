@@ -213,6 +213,18 @@ def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, message: str) -
         load_config(path, ["optim={lr: 1.0, steps: 5, lr: 2.0}"])
 
 
+def test_a_value_that_no_date_or_float_can_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(base()))
+    with pytest.raises(ConfigError, match=r"override 'run_dir=2026-02-30': the value is not YAML: day is out of range"):
+        load_config(path, ["run_dir=2026-02-30"])
+    with pytest.raises(ConfigError, match=r"optim\.lr: has 401 digits"):
+        load_config(path, ["optim.lr=1" + 400 * "0"])
+    path.write_text(path.read_text() + "wandb_project: 2026-02-30\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml cannot be read: day is out of range"):
+        load_config(path)
+
+
 def test_a_key_may_replace_one_that_it_merges_in(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(base()) + "stability: {<<: {max_skips: 3, spike_window: 9}, max_skips: 4}\n")

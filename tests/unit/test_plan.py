@@ -183,6 +183,12 @@ def test_what_cannot_be_planned_is_said() -> None:
         cluster(0, 8)
 
 
+@pytest.mark.parametrize("gb_s", [0.0, -1.0, float("nan")])
+def test_a_link_of_no_speed_is_refused(gb_s: float) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        cluster(1, 8, network_gb_s=gb_s)
+
+
 def test_the_command_prints_a_ranking_and_what_it_assumed(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--plan", str(REPOSITORY / "configs/lm_1b4.yaml"), "--nodes", "4", "--gpus-per-node", "8"]
     assert main(arguments) == 0

@@ -48,6 +48,11 @@ def cheapest_loss(loss: object, budget: float, wide: int, narrow: int) -> float:
     return min(loss(mix) for mix in mixes)  # type: ignore[operator]
 
 
+def test_a_loss_beyond_what_a_perplexity_can_be_is_said() -> None:
+    assert evaluate.line_of({"loss": 1.0}) == "loss 1.0000, perplexity 2.718"
+    assert evaluate.line_of({"loss": 42102.3408}) == "loss 42102.3408, perplexity inf"
+
+
 def test_the_layers_worth_most_are_widened_first() -> None:
     search, cost = Search(CFG, additive, flops_of(CFG)), flops_of(CFG)
     found = search.best(cost((8, 4, 4, 4, 8)))

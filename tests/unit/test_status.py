@@ -99,6 +99,12 @@ def test_a_run_at_its_last_step_is_finished_where_it_ended_in_order(
     assert status.read_run(tmp_path / "run").state == state
 
 
+def test_a_run_whose_last_validation_is_not_finite_is_not_finished(tmp_path: Path) -> None:
+    """Its last checkpoint was set aside; without a batch script nobody has noted the exit code."""
+    write_run(tmp_path / "run", widths=[8, 4], losses={"1": 2.5, "1/2": float("nan")})
+    assert status.read_run(tmp_path / "run").state == "stopped: the last validation is not finite"
+
+
 @pytest.mark.parametrize(("ended_s_ago", "state"), [(60, "training"), (-60, "stopped: misused")])
 def test_a_job_that_finds_the_folder_in_use_does_not_stop_the_one_that_trains(
     ended_s_ago: float, state: str, tmp_path: Path
