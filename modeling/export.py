@@ -42,10 +42,13 @@ from modeling.convert import StateDict, cut, cut_mix, to_hf, to_mamba_ssm
 from modeling.export_vision import classes_of, write_matmamba_vision, write_timm
 from modeling.model_folder import (
     CONFIG_NAME,
+    EOS_ID,
     ImageUse,
     check_new,
+    checked_eos_id,
     load_model,
     put_tokenizer,
+    read_eos_id,
     read_images,
     save_model,
     tokenizer_beside,
@@ -85,7 +88,7 @@ def read_source(folder: Path, *, weights: str = "auto") -> Source:
     """
     if (folder / CONFIG_NAME).exists():
         model = load_model(folder)
-        data: dict[str, Any] = {"tokenizer": tokenizer_beside(folder)}
+        data: dict[str, Any] = {"tokenizer": tokenizer_beside(folder), EOS_ID: read_eos_id(folder)}
         if isinstance(model.cfg, VisionConfig):
             images = read_images(folder, model.cfg.n_classes)
             data = {"eval_crop_ratio": images.crop_ratio, "classes": images.classes}
@@ -110,6 +113,7 @@ def read_source(folder: Path, *, weights: str = "auto") -> Source:
         raise CheckpointError(f"{folder / 'manifest.json'}: its config describes no model ({error})") from None
     reader.verify()
     reader.check_model(cfg)
+    data[EOS_ID] = checked_eos_id(reader.manifest.get(EOS_ID), folder / "manifest.json")
     return Source(dict(reader.weights(cfg.n_heads, weights)), cfg, nesting.uniform(cfg.n_heads, cfg.n_layers), data)
 
 
@@ -123,12 +127,14 @@ def export(
     held: nesting.LayerWidths | None = None,
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None,
+    eos_id: int | None = None,
     images: ImageUse | None = None,
 ) -> None:
     """Write the submodel `widths` of a model into `folder` (new or empty) in the format `target`; whole or not at all.
 
     `held` are the heads of each layer of a `state` that was itself cut out of the model `cfg`. `tokenizer` is put beside a
-    language model, `images` said of a classifier where the format has words for it.
+    language model, whose documents ended with `eos_id` where that is known; `images` is said of a classifier where the format has
+    words for it.
     Raises ValueError where the format cannot hold the submodel, FileExistsError where the folder has something in it.
     """
     if target not in FORMATS[type(cfg)]:
@@ -141,7 +147,7 @@ def export(
         if target in ("matmamba", "remote_code", "timm"):
             part = _cast(state if widths == (held or whole) else cut_mix(state, cfg, widths, held), dtype)
             if target == "matmamba":
-                save_model(work, part, cfg, widths, images)
+                save_model(work, part, cfg, widths, images, eos_id)
             elif isinstance(cfg, VisionConfig):
                 assert images is not None
                 write_timm(work, part, cfg, widths, images)
@@ -166,7 +172,10 @@ def export(
             (_write_hf if target == "hf" else _write_mamba_ssm)(work, part, small, dtype)
         if tokenizer is not None:
             assert isinstance(cfg, LanguageConfig)
-            _add_tokenizer(work, tokenizer, cfg, target)
+            eos_id = open_text(str(tokenizer), cfg.vocab_size, eos_id).eos_id
+            put_tokenizer(work, tokenizer)
+        if eos_id is not None and target in ("hf", "remote_code"):
+            _tell_transformers(work, eos_id, tokenizer)
 
 
 def _cast(state: StateDict, dtype: torch.dtype) -> StateDict:
@@ -174,18 +183,15 @@ def _cast(state: StateDict, dtype: torch.dtype) -> StateDict:
     return {name: tensor.to(dtype) if tensor.dim() > 1 else tensor.float() for name, tensor in state.items()}
 
 
-def _add_tokenizer(folder: Path, tokenizer: Path, cfg: LanguageConfig, target: str) -> None:
-    """Put the tokenizer beside the model, and tell transformers of it; raises ValueError where it is another model's."""
-    eos_id = open_text(str(tokenizer), cfg.vocab_size).eos_id
-    put_tokenizer(folder, tokenizer)
-    if target not in ("hf", "remote_code"):
-        return
+def _tell_transformers(folder: Path, eos_id: int, tokenizer: Path | None) -> None:
+    """What ends a text and fills a batch up, and how to load the tokenizer.json beside it."""
     path = folder / CONFIG_NAME
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
     path.write_text(json.dumps({**json.loads(path.read_text()), **ids}, indent=1) + "\n")
-    if tokenizer.suffix == ".json":  # transformers makes nothing of a sentencepiece file without knowing whose it is
-        vocab = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
-        eos = next(token for token, i in vocab.items() if i == eos_id)
+    if (
+        tokenizer is not None and tokenizer.suffix == ".json"
+    ):  # it makes nothing of a sentencepiece file, not knowing whose it is
+        eos = Tokenizer.from_file(str(tokenizer)).id_to_token(eos_id)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos}
         # Padding on the right would stand between a prompt and what is generated.
         about |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
@@ -337,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--tokenizer {tokenizer}: an encoding is no file: name a tokenizer.json of its ids")
             if tokenizer is None:
                 lacks_tokenizer = f"{named} of the run is no file here" if named else f"{args.checkpoint} names none"
-            about = {"tokenizer": tokenizer}
+            about = {"tokenizer": tokenizer, EOS_ID: data[EOS_ID]}
         about |= {"held": source.held, "dtype": DTYPES[args.dtype]}
         export(source.state, cfg, widths, args.format, args.output, **about)
     except (CheckpointError, ValueError, OSError) as error:

@@ -22,7 +22,7 @@ from modeling.open_model import DTYPES, open_model
 from modeling.sampling import Sampling, seeded
 from modeling.search import read_widths
 from modeling.speculative import DRAFT_TOKENS, Speculation, speculate
-from modeling.text import Text, TextStream, open_text
+from modeling.text import Text, TextStream
 
 
 def _shown(rounds: Iterator[Speculation], prompt: list[int], text: Text) -> Iterator[Speculation]:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
         opened = open_model(args.model, dtype=args.dtype, device=args.device)
         model = opened.model
-        text = open_text(args.tokenizer or opened.tokenizer, model.cfg.vocab_size)
+        text = opened.text(args.tokenizer)
         turns = args.width or [model.own_width]
         widths = [read_widths(turn, model.cfg.n_heads, model.cfg.n_layers) for turn in turns]
         prompts = [text.prompt_ids(prompt) for prompt in args.prompt]

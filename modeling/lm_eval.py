@@ -27,7 +27,7 @@ from modeling.decode import generate
 from modeling.open_model import open_model
 from modeling.sampling import Sampling
 from modeling.search import read_widths
-from modeling.text import TextStream, open_text
+from modeling.text import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +77,9 @@ class MatMambaLM(TemplateLM):
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         opened = open_model(Path(path), dtype=dtype, device=chosen)
         self.model = opened.model
-        spec = tokenizer or opened.tokenizer
-        if not spec:
+        if not (tokenizer or opened.tokenizer):
             raise ValueError(f"{path} names no tokenizer: add tokenizer=FILE or tokenizer=tiktoken:NAME")
-        self.text = open_text(spec, self.model.cfg.vocab_size)
+        self.text = opened.text(tokenizer)
         # The harness turns width=1 into a number.
         written = str(width).replace(";", ",")
         asked = written or self.model.own_width

@@ -32,6 +32,8 @@ FORMATS: dict[str, type[BackboneConfig]] = {
 VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+EOS_ID = "eos_id"
+"""The id that ends a document in what a language model was trained on: in its config.json, and in a checkpoint's manifest."""
 
 
 class ModelFolderError(ValueError):
@@ -80,12 +82,20 @@ class ImageUse:
             raise ValueError("classes is no list of names")
 
 
-def write_config(folder: Path, cfg: BackboneConfig, held: nesting.LayerWidths, images: ImageUse | None = None) -> None:
-    """Write config.json of a model whose layers hold `held` heads; `images` is of a classifier."""
+def write_config(
+    folder: Path,
+    cfg: BackboneConfig,
+    held: nesting.LayerWidths,
+    images: ImageUse | None = None,
+    eos_id: int | None = None,
+) -> None:
+    """Write config.json of a model whose layers hold `held` heads; `images` is of a classifier, `eos_id` of a language model."""
     name = next(name for name, kind in FORMATS.items() if isinstance(cfg, kind))
     about = {"format": name, "version": VERSION, "layer_heads": list(held), "model": asdict(cfg)}
     if images is not None:
         about["images"] = asdict(images)
+    if eos_id is not None:
+        about[EOS_ID] = eos_id
     (folder / CONFIG_NAME).write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -95,11 +105,12 @@ def save_model(
     cfg: BackboneConfig,
     held: nesting.LayerWidths,
     images: ImageUse | None = None,
+    eos_id: int | None = None,
 ) -> None:
-    """Write the model whose parameters (logical names, cut to `held`) are `state`; `images` is of a classifier."""
+    """Write the model whose parameters (logical names, cut to `held`) are `state`; the rest is as in `write_config`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
-    write_config(folder, cfg, held, images)
+    write_config(folder, cfg, held, images, eos_id)
 
 
 def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
@@ -129,6 +140,23 @@ def read_config(folder: Path) -> tuple[BackboneConfig, nesting.LayerWidths]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFolderError(f"{path} does not describe a model: {error}") from None
     return cfg, held
+
+
+def read_eos_id(folder: Path) -> int | None:
+    """The id that ends a document, where config.json says one. Raises ModelFolderError."""
+    path = folder / CONFIG_NAME
+    try:
+        eos_id = json.loads(path.read_text()).get(EOS_ID)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelFolderError(f"{path}: {error}") from None
+    return checked_eos_id(eos_id, path)
+
+
+def checked_eos_id(value: object, path: Path) -> int | None:
+    """`value`, read from the file `path`, where it is an id or None. Raises ModelFolderError."""
+    if value is not None and (type(value) is not int or value < 0):
+        raise ModelFolderError(f"{path}: {EOS_ID}={str(value)[:80]} is no token id")
+    return value
 
 
 def put_tokenizer(folder: Path, tokenizer: Path) -> None:

@@ -31,7 +31,7 @@ from modeling.inference import InferenceModel
 from modeling.nesting import LayerWidths, width_name
 from modeling.open_model import DTYPES, open_model
 from modeling.request_queue import Job, RequestQueue
-from modeling.text import Text, TextStream, open_text
+from modeling.text import Text, TextStream
 
 PAGE = Path(__file__).with_name("serve_page.html")
 HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "}
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         if ":" in name:
             raise ValueError(f"name {name!r}: a colon separates the name from the width, pass another --name")
         opened = open_model(args.model, dtype=args.dtype, device=args.device)
-        text = open_text(args.tokenizer or opened.tokenizer, opened.model.cfg.vocab_size)
+        text = opened.text(args.tokenizer)
         limits = Limits(prompt_tokens=args.max_prompt_tokens, new_tokens=args.max_new_tokens)
         line = RequestQueue(opened.model, max_waiting=args.max_waiting)
     except (CheckpointError, OSError, ValueError) as error:

@@ -89,8 +89,10 @@ class TextStream:
                 return
 
 
-def open_text(spec: str, vocab_size: int) -> Text:
+def open_text(spec: str, vocab_size: int, eos_id: int | None = None) -> Text:
     """The tokenizer that `spec` names, for a model of `vocab_size` tokens.
+
+    `eos_id` ended documents in what the model was trained on, where that is known; else one of EOS_NAMES does.
 
     Raises FileNotFoundError where there is no such file, ValueError where it is no tokenizer, names no end of text, has more
     ids than the model, or tiktoken cannot fetch it.
@@ -98,19 +100,24 @@ def open_text(spec: str, vocab_size: int) -> Text:
     if not spec:
         raise ValueError("the model names no tokenizer: pass --tokenizer FILE or tiktoken:NAME")
     if spec.startswith(TIKTOKEN):
-        text = _tiktoken(spec)
+        text = _tiktoken(spec, eos_id)
     elif not Path(spec).is_file():
         raise FileNotFoundError(f"tokenizer {spec}: no such file")
     else:
-        text = _sentencepiece(spec) if spec.endswith(".model") else _tokenizer_json(spec)
+        text = (_sentencepiece if spec.endswith(".model") else _tokenizer_json)(spec, eos_id)
     if text.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer {spec} has {text.vocab_size} tokens, the model {vocab_size}: it was trained with another tokenizer"
         )
+    if text.eos_id >= text.vocab_size:
+        raise ValueError(
+            f"tokenizer {spec} has {text.vocab_size} tokens, the model's documents ended with the id {text.eos_id}: it was "
+            "trained with another tokenizer"
+        )
     return text
 
 
-def _tokenizer_json(spec: str) -> Text:
+def _tokenizer_json(spec: str, eos_id: int | None) -> Text:
     from tokenizers import Tokenizer
 
     try:
@@ -127,17 +134,18 @@ def _tokenizer_json(spec: str) -> Text:
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    return Text(encode, decode, _eos(vocab, spec), max(vocab.values()) + 1)
+    return Text(encode, decode, _eos(vocab, spec) if eos_id is None else eos_id, max(vocab.values()) + 1)
 
 
-def _sentencepiece(spec: str) -> Text:
+def _sentencepiece(spec: str, eos_id: int | None) -> Text:
     from sentencepiece import SentencePieceProcessor
 
     try:
         processor = SentencePieceProcessor(model_file=spec)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"tokenizer {spec}: not a sentencepiece model ({error})") from None
-    if processor.eos_id() < 0:
+    eos_id = processor.eos_id() if eos_id is None else eos_id
+    if eos_id < 0:
         raise ValueError(f"tokenizer {spec}: it has no end-of-sentence piece")
 
     def encode(text: str) -> list[int]:
@@ -148,10 +156,10 @@ def _sentencepiece(spec: str) -> Text:
     def decode(ids: Sequence[int]) -> str:
         return str(processor.decode([int(i) for i in ids if i < size]))
 
-    return Text(encode, decode, processor.eos_id(), size)
+    return Text(encode, decode, eos_id, size)
 
 
-def _tiktoken(spec: str) -> Text:
+def _tiktoken(spec: str, eos_id: int | None) -> Text:
     try:
         import tiktoken
     except ImportError:
@@ -178,7 +186,7 @@ def _tiktoken(spec: str) -> Text:
                 raise
             raise ValueError(f"tokenizer {spec} cannot take a run of so many spaces as this text has") from None
 
-    return Text(encode, decode, _eos(special, spec), encoding.max_token_value + 1)
+    return Text(encode, decode, _eos(special, spec) if eos_id is None else eos_id, encoding.max_token_value + 1)
 
 
 def _eos(ids: dict[str, int], where: str) -> int:

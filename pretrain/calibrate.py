@@ -21,7 +21,7 @@ from modeling.checkpoint_reader import CheckpointError, Reader
 from modeling.convert import cut_mix
 from modeling.language import LanguageModel
 from modeling.loss import next_token_loss
-from modeling.model_folder import check_new, put_tokenizer, save_model, written_whole
+from modeling.model_folder import EOS_ID, check_new, checked_eos_id, put_tokenizer, save_model, written_whole
 from modeling.nesting import LayerWidths
 from modeling.search import read_widths
 from pretrain.checkpoint_model import data_at, find_checkpoint, load_language_model
@@ -133,7 +133,11 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"--batch {args.batch}: must be a multiple of the run's data.micro_batch={data.micro_batch}"
             )
-        start = Reader(find_checkpoint(args.checkpoint)).state.sequence
+        reader = Reader(find_checkpoint(args.checkpoint))
+        start, eos_id = (
+            reader.state.sequence,
+            checked_eos_id(reader.manifest.get(EOS_ID), reader.folder / "manifest.json"),
+        )
         if args.data is not None:
             data, start = data_at(data, args.data), 0
         check_dataset(data, cfg.model.vocab_size)
@@ -158,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         state = {name: p.detach().cpu() for name, p in model.named_parameters()}
         # Whole or not at all: what is left of a kill would be refused by the next try.
         with written_whole(args.output) as work:
-            save_model(work, state, cfg.model, widths)
+            save_model(work, state, cfg.model, widths, eos_id=eos_id)
             if Path(data.tokenizer).is_file():
                 put_tokenizer(work, Path(data.tokenizer))
     except (CheckpointError, OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from modeling.language import LanguageModel
 from modeling.loss import Loss, next_token_loss
+from modeling.model_folder import EOS_ID
 from modeling.nesting import LayerWidths
 from modeling.tensor_parallel import filled_up
 from pretrain.config import LanguageRunConfig
@@ -29,9 +31,10 @@ class LanguageTask:
 
     cfg: LanguageRunConfig
 
-    def check_data(self, *, training: bool = True) -> None:
-        """See Task."""
-        check_dataset(self.cfg.data, self.cfg.model.vocab_size, training=training)
+    def check_data(self, *, training: bool = True) -> dict[str, Any]:
+        """See Task; the id that ends a document, which need not be the one that its name would tell."""
+        manifest = check_dataset(self.cfg.data, self.cfg.model.vocab_size, training=training)
+        return {EOS_ID: manifest.eos_id}
 
     def loader(self, ranks: Ranks, *, start: int) -> TokenLoader:
         """See Task."""

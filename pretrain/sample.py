@@ -8,11 +8,9 @@ from pathlib import Path
 
 from modeling.checkpoint_reader import CheckpointError
 from modeling.decode import generate
-from modeling.inference import InferenceModel
 from modeling.nesting import parse_layer_widths
+from modeling.open_model import open_model
 from modeling.sampling import Sampling, seeded
-from modeling.text import open_text
-from pretrain.checkpoint_model import load_language_model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        model, cfg = load_language_model(args.checkpoint)
-        text = open_text(args.tokenizer or cfg.data.tokenizer, model.cfg.vocab_size)
+        opened = open_model(args.checkpoint)
+        model, text = opened.model, opened.text(args.tokenizer)
         widths = parse_layer_widths(args.width, model.cfg.n_heads, model.cfg.n_layers)
         ids = text.prompt_ids(args.prompt)
         if args.max_new_tokens < 1:
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     steps = generate(
-        InferenceModel(model),
+        model,
         [ids],
         widths,
         max_new_tokens=args.max_new_tokens,

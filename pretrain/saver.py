@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,6 @@ from pretrain.config_io import config_to_plain
 from pretrain.distributed import RankError, Ranks
 from pretrain.engine import Engine, Fragment
 from pretrain.provenance import git_commit, versions
-from pretrain.same_run import DATASET
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,11 +51,13 @@ class Saved:
 class Saver:
     """The checkpoints of one run. Every rank makes one, and every rank calls each method at the same step border.
 
-    `dataset_sha256` is that of the run's dataset (pretrain.dataset_check), for whoever goes on from a checkpoint.
+    `about_data` is what each says of the run's data, for whoever goes on from it or uses the model.
     """
 
-    def __init__(self, engine: Engine, cfg: RunConfig, ranks: Ranks, dataset_sha256: str = "") -> None:
-        self._engine, self._cfg, self._ranks, self._dataset_sha256 = engine, cfg, ranks, dataset_sha256
+    def __init__(
+        self, engine: Engine, cfg: RunConfig, ranks: Ranks, about_data: Mapping[str, Any] | None = None
+    ) -> None:
+        self._engine, self._cfg, self._ranks, self._about_data = engine, cfg, ranks, dict(about_data or {})
         self._root = checkpoint.checkpoint_dir(cfg.run_dir)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffer: Tensor | None = None
@@ -104,7 +105,7 @@ class Saver:
         waiting, write, self._write = time.perf_counter(), self._write, None
         entry = self._attempt(write.result)
         manifest = _manifest(self._cfg, self._ranks, self._state, self._engine.kinds, self._ranks.gather_objects(entry))
-        manifest[DATASET] = self._dataset_sha256
+        manifest |= self._about_data
         step, main = self._state.step, self._ranks.is_main
         self._attempt(lambda: checkpoint.commit(self._root, step, manifest) if main else None)
         # In a streak of bad steps a roll-back may want the checkpoints from before it; the last one has yet to be validated.

@@ -35,9 +35,11 @@ class Loader(Protocol):
 class Task(Protocol):
     """One kind of model and of data. A batch is whatever its loader makes, with `to(device)`."""
 
-    def check_data(self, *, training: bool = True) -> None:
+    def check_data(self, *, training: bool = True) -> dict[str, Any]:
         """Raise ValueError or OSError where the data is not what the run needs, or its validation alone. Touches no shared
         memory.
+
+        What it returns each checkpoint says of the data beside the config: whoever uses the model may not have the data.
         """
 
     def loader(self, ranks: Ranks, *, start: int) -> Loader:

@@ -38,6 +38,7 @@ from pretrain.progress import TrainingProgress
 from pretrain.provenance import record_start
 from pretrain.replicas import check_replicas, weights_are_finite
 from pretrain.run_lock import HeldElsewhereError, RunLock
+from pretrain.same_run import DATASET
 from pretrain.same_start import check_same_dataset, check_same_start
 from pretrain.saver import Saver
 from pretrain.stability import NonFiniteError, check_last_steps, count, gone_back, why_bad
@@ -289,7 +290,7 @@ def main(cfg: RunConfig) -> int:
     ranks.attempt(lambda: check_paths(cfg) if ranks.is_main else None, (ConfigError,))
     ranks = with_peer_copies(ranks, cfg.parallel)
     task = task_of(cfg)
-    ranks.attempt(task.check_data, (ValueError, OSError))
+    about_data = ranks.attempt(task.check_data, (ValueError, OSError))
     dataset = ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError))
     check_same_dataset(dataset, ranks)
     lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError, HeldElsewhereError))
@@ -338,7 +339,7 @@ def main(cfg: RunConfig) -> int:
                 lambda: MetricsWriter(cfg, start_step=state.step, enabled=ranks.is_main), (ConfigError,)
             ),
             progress=progress,
-            saver=Saver(engine, cfg, ranks, dataset),
+            saver=Saver(engine, cfg, ranks, {DATASET: dataset, **about_data}),
             stop=stop,
             watchdog=Watchdog(cfg.run_dir, ranks.rank, heartbeats=Heartbeats(ranks)),
             state=state,

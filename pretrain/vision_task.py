@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,9 +47,10 @@ class VisionTask:
 
     cfg: VisionRunConfig
 
-    def check_data(self, *, training: bool = True) -> None:
+    def check_data(self, *, training: bool = True) -> dict[str, Any]:
         """See Task."""
         check_image_dataset(self.cfg.data, self.cfg.model.n_classes, training=training)
+        return {}
 
     def loader(self, ranks: Ranks, *, start: int) -> ImageLoader:
         """See Task."""

@@ -70,6 +70,9 @@ def test_norms_alone_are_fitted_and_the_loss_falls(
     opened = open_model(tmp_path / "mix")
     assert opened.model.own_width == "8h,2h"
     assert Path(opened.tokenizer).read_bytes() == b"pieces"
+    assert opened.eos_id == read_manifest(run_dir.parent / "shards").eos_id, (
+        "what ended the documents it was trained on"
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_mistakes_are_named(
 def disk_fills_up(arguments: list[str]) -> int:
     """calibrate, where half of the folder can be written."""
 
-    def half(folder: Path, *_: object) -> None:
+    def half(folder: Path, *_: object, **__: object) -> None:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("no space left on device")

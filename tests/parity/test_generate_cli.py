@@ -25,13 +25,13 @@ from modeling.text import TextStream, open_text
 SENTENCE = "The quick brown fox — naïve, 日本語 — jumps over the lazy dog. "
 
 
-def write_tokenizer(path: Path) -> Tokenizer:
+def write_tokenizer(path: Path, eos: str = "<|endoftext|>") -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=[eos],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

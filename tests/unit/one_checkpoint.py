@@ -10,8 +10,9 @@ from modeling.language import LanguageModel
 from pretrain.checkpoint import begin, checkpoint_dir, commit, write_rank_file
 
 
-def write_run(folder: Path, model: LanguageModel, tokenizer: str = "") -> Path:
-    """A run in `folder` whose checkpoint holds `model`, as a single rank writes it; `tokenizer` is its data.tokenizer."""
+def write_run(folder: Path, model: LanguageModel, tokenizer: str = "", **about_data: object) -> Path:
+    """A run in `folder` whose checkpoint holds `model`, as a single rank writes it; `tokenizer` is its data.tokenizer, and
+    `about_data` what else it says of its data."""
     root = checkpoint_dir(folder)
     flat = {name: p.detach().flatten() for name, p in model.named_parameters()}
     tensors = {
@@ -30,6 +31,7 @@ def write_run(folder: Path, model: LanguageModel, tokenizer: str = "") -> Path:
         "layout": {"tensor": 1},
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         "files": [entry],
+        **about_data,
     }
     commit(root, 3, manifest)
     return folder
