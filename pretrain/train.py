@@ -294,10 +294,10 @@ def main(cfg: RunConfig) -> int:
     dataset = ranks.attempt(lambda: dataset_sha256(cfg.data), (ValueError, OSError))
     check_same_dataset(dataset, ranks)
     lock = ranks.attempt(lambda: _claim(cfg) if ranks.is_main else None, (ConfigError, HeldElsewhereError))
+    if cfg.deterministic:
+        _be_deterministic()  # before preflight: cuBLAS reads its setting at its first product
     preflight(cfg, ranks)
     stop = StopWatch(cfg.run_dir, ranks, cfg.checkpoint.stop_margin_s)
-    if cfg.deterministic:
-        _be_deterministic()
 
     with torch.device("meta"):
         model = build_model(
