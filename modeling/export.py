@@ -188,9 +188,8 @@ def _tell_transformers(folder: Path, eos_id: int, tokenizer: Path | None) -> Non
     path = folder / CONFIG_NAME
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
     path.write_text(json.dumps({**json.loads(path.read_text()), **ids}, indent=1) + "\n")
-    if (
-        tokenizer is not None and tokenizer.suffix == ".json"
-    ):  # it makes nothing of a sentencepiece file, not knowing whose it is
+    # It makes nothing of a sentencepiece file, not knowing whose it is.
+    if tokenizer is not None and tokenizer.suffix == ".json":
         eos = Tokenizer.from_file(str(tokenizer)).id_to_token(eos_id)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos}
         # Padding on the right would stand between a prompt and what is generated.
@@ -237,8 +236,8 @@ def _vocabulary_alone(theirs: StateDict, cfg: LanguageConfig) -> StateDict:
 
     They are padding for tensor parallelism. No token has them, but a sampler that knows the number of rows alone would draw them.
     """
-    rows = {"backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.weight", "embedding.weight"}
-    cut_off = {name: tensor[: cfg.vocab_size] if name in rows else tensor for name, tensor in theirs.items()}
+    of_tokens = {"backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.weight", "embedding.weight"}
+    cut_off = {name: tensor[: cfg.vocab_size] if name in of_tokens else tensor for name, tensor in theirs.items()}
     return {name: tensor.contiguous() for name, tensor in cut_off.items()}
 
 
