@@ -32,7 +32,7 @@ $(UV):
 # Compiled here, once: where Python may not write beside its modules (PYTHONDONTWRITEBYTECODE, as in many images; a folder that
 # is read-only on the nodes) every process would compile torch and DeepSpeed anew, and start in 27 s instead of 9.
 $(STAMP): $(UV) pyproject.toml uv.lock
-	$(UV) sync --frozen --compile-bytecode --python $(PYTHON)
+	UV_COMPILE_BYTECODE_TIMEOUT=600 $(UV) sync --frozen --compile-bytecode --python $(PYTHON)
 	@touch $@
 
 check: $(STAMP)
