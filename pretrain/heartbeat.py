@@ -35,8 +35,9 @@ class Heartbeats:
         self.lost_s = lost_seconds(LOST_S)
         self.interval_s = min(INTERVAL_S, self.lost_s / 6)
         self._heard: dict[int, tuple[str, float]] = {}
-        port = _free_port() if ranks.is_main else 0
-        port = ranks.gather_objects(port)[0]
+        about = ranks.gather_objects((_free_port() if ranks.is_main else 0, socket.gethostname()))
+        port = about[0][0]
+        self._nodes = [node for _, node in about]
         timeout = datetime.timedelta(seconds=_ANSWER_S)
         self._count = 0
         self._reaches_rank_0 = True
@@ -85,7 +86,7 @@ class Heartbeats:
         self._count += 1
         if self._reaches_rank_0:
             try:
-                self._store.set(str(self._rank), f"{self._count} {step} {socket.gethostname()}")
+                self._store.set(str(self._rank), f"{self._count} {step}")
             except (RuntimeError, ValueError):
                 self._reaches_rank_0 = False
 
@@ -112,8 +113,8 @@ class Heartbeats:
 
     def _lost(self, rank: int, silent_s: float) -> str:
         said, _ = self._heard.get(rank, ("", 0.0))
-        _, step, node = said.split() if said else ("", "?", "an unknown node")
-        return f"rank {rank} on {node} (silent for {silent_s:.0f} s, last after step {step})"
+        last = f"last after step {said.split()[1]}" if said else "never heard"
+        return f"rank {rank} on {self._nodes[rank]} (silent for {silent_s:.0f} s, {last})"
 
 
 def _free_port() -> int:
