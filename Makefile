@@ -42,15 +42,19 @@ check: $(STAMP)
 
 TEST := $(BIN)/python -m pytest -m "not gpu and not slow"
 
-# Kernels run in an interpreter, on one core: beside them, on the other, what starts no ranks. Ranks have both for themselves.
+# Triton's interpreter keeps one core busy for minutes: beside the kernels' tests, on the other, all that starts no ranks. Ranks
+# have both for themselves.
+KERNELS := tests/parity/test_float8.py $(wildcard tests/parity/test_*kernels.py)
+BESIDE := tests/unit tests/data $(filter-out $(KERNELS),$(wildcard tests/parity/test_*.py))
+
 test: check
 ifdef PYTEST_ARGS
 	$(TEST) $(PYTEST_ARGS)
 else
 	@log=$$(mktemp); failed=0; \
-	$(TEST) tests/parity > $$log 2>&1 & parity=$$!; \
-	$(TEST) tests/unit tests/data || failed=1; \
-	wait $$parity || failed=1; \
+	$(TEST) $(KERNELS) > $$log 2>&1 & kernels=$$!; \
+	$(TEST) $(BESIDE) || failed=1; \
+	wait $$kernels || failed=1; \
 	cat $$log; rm $$log; \
 	$(TEST) tests/distributed tests/slurm || failed=1; \
 	exit $$failed
