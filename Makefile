@@ -45,7 +45,7 @@ TEST := $(BIN)/python -m pytest -m "not gpu and not slow"
 # Triton's interpreter keeps one core busy for minutes: beside the kernels' tests, on the other, all that starts no ranks. Ranks
 # have both for themselves.
 KERNELS := tests/parity/test_float8.py $(wildcard tests/parity/test_*kernels.py)
-BESIDE := tests/unit tests/data $(filter-out $(KERNELS),$(wildcard tests/parity/test_*.py))
+BESIDE := $(filter-out $(KERNELS),$(wildcard tests/parity/test_*.py))
 
 test: check
 ifdef PYTEST_ARGS
@@ -53,6 +53,7 @@ ifdef PYTEST_ARGS
 else
 	@log=$$(mktemp); failed=0; \
 	$(TEST) $(KERNELS) > $$log 2>&1 & kernels=$$!; \
+	$(TEST) tests/unit tests/data || failed=1; \
 	$(TEST) $(BESIDE) || failed=1; \
 	wait $$kernels || failed=1; \
 	cat $$log; rm $$log; \
