@@ -80,10 +80,16 @@ def report() -> tuple[list[Check], bool]:
 
 def main() -> int:
     """Print the report. Returns 1 where something required is missing, else 0."""
-    logging.getLogger().setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries warn at import of what the report then says in its own words
-        checks, healthy = report()
+    root = logging.getLogger()
+    level = root.level
+    # Libraries warn at import of what the report then says in its own words.
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checks, healthy = report()
+    finally:
+        root.setLevel(level)
     width = max(len(check.name) for check in checks)
     for check in checks:
         print(f"{check.status:8}{check.name:{width}}  {check.detail}")

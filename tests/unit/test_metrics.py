@@ -228,7 +228,9 @@ def test_plot_draws_a_png_and_refuses_an_empty_run(cfg: RunConfig, tmp_path: Pat
 def test_doctor_fails_on_a_missing_requirement(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(doctor, "REQUIRED", {"no-such-distribution": "no_such_module"})
     monkeypatch.setattr(doctor, "OPTIONAL", {})
+    level = logging.getLogger().level
     assert doctor.main() == 1
+    assert logging.getLogger().level == level, "what runs after it in this process is not silenced"
     out = capsys.readouterr().out
     assert "missing no-such-distribution" in out
     assert "-> make setup" in out
