@@ -134,10 +134,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"--batch {args.batch}: must be a multiple of the run's data.micro_batch={data.micro_batch}"
             )
         reader = Reader(find_checkpoint(args.checkpoint))
-        start, eos_id = (
-            reader.state.sequence,
-            checked_eos_id(reader.manifest.get(EOS_ID), reader.folder / "manifest.json"),
-        )
+        start = reader.state.sequence
+        eos_id = checked_eos_id(reader.manifest.get(EOS_ID), reader.folder / "manifest.json")
         if args.data is not None:
             data, start = data_at(data, args.data), 0
         check_dataset(data, cfg.model.vocab_size)
